@@ -1,0 +1,113 @@
+"""From text to token rows: encoding, packing, windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from etude.values.corpus import Corpus
+from etude.values.errors import InputError
+from etude.values.model import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label that counts in no loss, as torch and transformers have it."""
+
+
+class Rows(NamedTuple):
+    """Packed token rows, each array of shape (rows, length)."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    """The next token, or -100 where the next token belongs to another document."""
+    positions: np.ndarray
+    """Position in its document's part of the row; every return to 0 begins a document."""
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands before a document: the beginning-of-text token, else the end-of-text one."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
+        if token is not None:
+            return token
+    raise InputError("the tokenizer has neither a beginning- nor an end-of-text token", remedy="Set bos_token or eos_token in tokenizer_config.json.")
+
+
+def encode(model: Model, corpus: Corpus) -> list[np.ndarray]:
+    """Token ids of every text, with the start token before and nothing after.  Raises InputError on an empty corpus."""
+    if not len(corpus):
+        raise InputError("the corpus is empty")
+    tokenizer = model.tokenizer
+    start = start_token(tokenizer)
+    encoded = tokenizer(corpus.texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [np.array([start, *ids], dtype=np.int64) for ids in encoded]
+
+
+def pack(documents: Sequence[np.ndarray], length: int, order: np.ndarray) -> Rows:
+    """Lay documents end to end in this order and cut the stream into rows of `length`; what is left over is dropped.
+
+    A document's last token predicts the start token, which every tokenizer here also uses as the end of text.
+    """
+    end = int(documents[0][0])
+    stream = np.concatenate([np.append(documents[i], end) for i in order])
+    sizes = np.array([len(documents[i]) + 1 for i in order])
+    owner = np.repeat(np.arange(len(order)), sizes)
+    count = (len(stream) - 1) // length
+    ids = stream[: count * length].reshape(count, length)
+    following, same = stream[1 : count * length + 1], owner[1 : count * length + 1] == owner[: count * length]
+    labels = np.where(same, following, IGNORED).reshape(count, length)
+    place = np.arange(count * length) % length
+    begins = np.concatenate([[True], ~same[:-1]]) | (place == 0)
+    positions = place - np.maximum.accumulate(np.where(begins, np.arange(count * length), 0)) % length
+    return Rows(ids, labels, positions.reshape(count, length))
+
+
+def epochs(documents: Sequence[np.ndarray], length: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Endless packed rows, one at a time: each epoch lays the documents out in a new order and shuffles the rows."""
+    random = np.random.default_rng(seed)
+    if sum(len(document) + 1 for document in documents) <= length:
+        documents = list(documents) * (length // max(1, sum(len(document) + 1 for document in documents)) + 2)
+    while True:
+        rows = pack(documents, length, random.permutation(len(documents)))
+        for index in random.permutation(len(rows.ids)):
+            yield rows.ids[index], rows.labels[index], rows.positions[index]
+
+
+class Window(NamedTuple):
+    """Part of a document: tokens [start, stop), of which those from `scored` on are to be predicted."""
+
+    document: int
+    start: int
+    scored: int
+    stop: int
+
+
+def windows(lengths: Sequence[int], size: int, stride: int) -> list[Window]:
+    """Cover documents by windows of at most `size` tokens, so that every token after the first is predicted once.
+
+    Each later window predicts `stride` tokens with the `size - stride` before them as context.
+    """
+    found = []
+    for document, length in enumerate(lengths):
+        stop = min(size, length)
+        found.append(Window(document, 0, 1, stop))
+        while stop < length:
+            following = min(stop + stride, length)
+            found.append(Window(document, max(0, following - size), stop, following))
+            stop = following
+    return found
+
+
+def by_length(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Group items, longest first, so that padded to the longest of its group a batch has at most `budget` tokens."""
+    batch: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        if batch and sizes[batch[0]] * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,81 @@
+"""What a computation cost: seconds, tokens, floating-point operations, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Cost:
+    """The record that a step leaves behind."""
+
+    seconds: float = 0.0
+    """Wall-clock seconds."""
+    processor_seconds: float = 0.0
+    """Seconds of all processor cores together."""
+    tokens: int = 0
+    """Real tokens, padding not counted, that went through a network."""
+    flops: float = 0.0
+    """Floating-point operations of matrix products and attention; a backward pass counts twice a forward one."""
+    peak_bytes: int = 0
+    """Highest memory of the process so far, or on an accelerator of the allocator during the step."""
+
+
+_meter: ContextVar[Cost | None] = ContextVar("etude_cost", default=None)
+
+
+def spend(tokens: int = 0, flops: float = 0.0) -> None:
+    """Add to the bill of the step that runs now, if one does."""
+    cost = _meter.get()
+    if cost is not None:
+        cost.tokens += int(tokens)
+        cost.flops += flops
+
+
+@contextmanager
+def metered() -> Iterator[Cost]:
+    """Measure everything that runs inside."""
+    cost = Cost()
+    token = _meter.set(cost)
+    start, cpu = time.perf_counter(), time.process_time()
+    try:
+        yield cost
+    finally:
+        _meter.reset(token)
+        cost.seconds = time.perf_counter() - start
+        cost.processor_seconds = time.process_time() - cpu
+        cost.peak_bytes = peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Peak memory: of the accelerator's allocator where one is used, else of the process."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def flops_per_token(network: PreTrainedModel, length: int = 64) -> float:
+    """Floating-point operations of one forward pass, divided by its tokens; counted by torch, not estimated from sizes."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    ids = torch.zeros(1, length, dtype=torch.long, device=network.device) + min(10, rows - 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if network.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(**inputs)
+    return counter.get_total_flops() / length
