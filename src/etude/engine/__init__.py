@@ -1,0 +1,1 @@
+"""How it is computed: training, scoring, generating, budgets and costs."""

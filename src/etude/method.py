@@ -1,0 +1,249 @@
+"""What every method is: a frozen dataclass whose `apply` takes values and returns a value.
+
+The annotations of `apply` are the whole interface.  Nothing is registered: a folder is the registry, and other packages add
+methods by the entry-point group ``etude.methods``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from etude.engine.budget import Budget
+from etude.values.corpus import Corpus
+from etude.values.errors import InputError, nearest
+from etude.values.generator import Generator
+from etude.values.measurement import Measurement
+from etude.values.model import Model
+
+VALUES: dict[str, type] = {"model": Model, "corpus": Corpus, "generator": Generator, "measurement": Measurement}
+"""The kinds of value by the names that users write."""
+
+MEASUREMENTS = tuple[Measurement, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every method, measure and world.
+
+    A subclass is a frozen dataclass: its fields are the hyperparameters, each with a default and a line beneath that documents it.
+    It defines ``apply``; calling it checks the inputs, applies, and freezes what comes out.
+    """
+
+    paper: ClassVar[str | None] = None
+    """The paper's slug in the catalogue, for a method that a paper proposes."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "apply" in vars(cls):
+            cls.__call__ = _checked(cls.apply)  # type: ignore[assignment, method-assign]
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} defines no apply")
+
+
+def _checked(apply: Any) -> Any:
+    @functools.wraps(apply)
+    def call(self: Method, *inputs: Any, **named: Any) -> Any:
+        face = interface(type(self))
+        bound = inspect.signature(apply).bind(self, *inputs, **named)
+        for slot in face.inputs:
+            value = bound.arguments.get(slot.name)
+            for item in value if slot.many else [value]:
+                if not (isinstance(item, slot.kind) or (item is None and not slot.required)):
+                    raise TypeError(f"{face.name} takes a {slot.kind.__name__} as {slot.name}, got {type(item).__name__}")
+        result = apply(self, *inputs, **named)
+        for item in result if isinstance(result, tuple) else (result,):
+            if isinstance(item, Model):
+                item.frozen_now()
+        return result
+
+    return call
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One input of a method."""
+
+    name: str
+    kind: type
+    many: bool = False
+    """Whether it takes a list."""
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One hyperparameter of a method."""
+
+    name: str
+    annotation: Any
+    default: Any
+    documentation: str
+
+    @property
+    def type(self) -> str:
+        return str(getattr(self.annotation, "__name__", self.annotation)).replace("typing.", "") if not typing.get_args(self.annotation) else str(self.annotation).replace("typing.", "")
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What is known of a method from its annotations and docstring."""
+
+    cls: type[Method]
+    name: str
+    """Dotted, as users write it: ``compress.sleb``."""
+    summary: str
+    documentation: str
+    inputs: tuple[Slot, ...]
+    output: type
+    several: bool
+    """Whether it returns a tuple of values."""
+    parameters: tuple[Parameter, ...]
+    seeded: bool
+    budgeted: bool
+
+    def as_data(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {
+            "name": self.name,
+            "paper": self.cls.paper,
+            "stage": self.name.partition(".")[0] if "." in self.name else "measure",
+            "summary": self.summary,
+            "inputs": {slot.name: kind_name(slot.kind) + (" list" if slot.many else "") for slot in self.inputs},
+            "output": kind_name(self.output),
+            "takes_seed": self.seeded,
+            "takes_budget": self.budgeted,
+            "parameters": [
+                {"name": p.name, "type": p.type, "default": list(p.default) if isinstance(p.default, tuple) else p.default, "documentation": p.documentation}
+                for p in self.parameters
+            ],
+        }
+
+
+def kind_name(kind: type) -> str:
+    return next((name for name, known in VALUES.items() if known is kind), kind.__name__.lower())
+
+
+@functools.cache
+def interface(cls: type[Method]) -> Interface:
+    """Read a method's interface.  Raises TypeError if its annotations are not those of a method."""
+    hints = typing.get_type_hints(cls.apply)  # type: ignore[attr-defined]
+    output, several = hints.pop("return", None), False
+    if typing.get_origin(output) is tuple:
+        output, several = typing.get_args(output)[0], True
+    if output not in VALUES.values():
+        raise TypeError(f"{cls.__name__}.apply returns {output!r}, which is no value")
+    slots = []
+    signature = inspect.signature(cls.apply)  # type: ignore[attr-defined]
+    for name, hint in hints.items():
+        if name in ("seed", "budget"):
+            continue
+        inner = typing.get_args(hint)
+        many = typing.get_origin(hint) is list
+        optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kind = inner[0] if many or optional else hint
+        if kind not in VALUES.values():
+            raise TypeError(f"{cls.__name__}.apply takes {name}: {hint!r}, which is no value")
+        slots.append(Slot(name, kind, many, signature.parameters[name].default is inspect.Parameter.empty))
+    lines = inspect.cleandoc(cls.__doc__ or "")
+    return Interface(
+        cls, dotted_name(cls), lines.split("\n")[0], lines, tuple(slots), output, several, _parameters(cls), "seed" in hints, hints.get("budget") in (Budget, Budget | None)
+    )  # fmt: skip
+
+
+def dotted_name(cls: type) -> str:
+    """``etude.methods.compress.sleb`` gives ``compress.sleb``; a measure or a world has its file's name alone."""
+    parts = cls.__module__.split(".")
+    return ".".join(parts[parts.index("methods") + 1 :]) if "methods" in parts else parts[-1]
+
+
+def _parameters(cls: type[Method]) -> tuple[Parameter, ...]:
+    hints = typing.get_type_hints(cls)
+    documentation = _field_documentation(cls)
+    found = []
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        found.append(Parameter(field.name, hints[field.name], default, documentation.get(field.name, "")))
+    return tuple(found)
+
+
+def _field_documentation(cls: type) -> dict[str, str]:
+    """The string beneath each field, its base classes' included."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base) or base is Method:
+            continue
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(node, ast.ClassDef)
+        for field, below in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                found[field.target.id] = inspect.cleandoc(str(below.value.value))
+    return found
+
+
+# Discovery.
+
+
+@functools.cache
+def discover(room: str) -> Mapping[str, type[Method]]:
+    """Every method of a room (``methods``, ``measures`` or ``worlds``) by its dotted name.
+
+    One public class a file; files and folders that begin with an underscore are no methods.
+    """
+    package = importlib.import_module(f"etude.{room}")
+    packages = [package]
+    if room == "methods":
+        packages += [entry.load() for entry in importlib.metadata.entry_points(group="etude.methods")]
+    found: dict[str, type[Method]] = {}
+    for root in packages:
+        for info in pkgutil.walk_packages(root.__path__, root.__name__ + "."):
+            if info.ispkg or info.name.rpartition(".")[2].startswith("_"):
+                continue
+            cls = public_class(info.name)
+            found[dotted_name(cls)] = cls
+    return types.MappingProxyType(dict(sorted(found.items())))
+
+
+def public_class(module_name: str) -> type[Method]:
+    """The one method that a module defines.  Raises TypeError if it defines none or several."""
+    module = importlib.import_module(module_name)
+    own = [item for item in vars(module).values() if isinstance(item, type) and issubclass(item, Method) and item.__module__ == module_name and not item.__name__.startswith("_")]
+    if len(own) != 1:
+        raise TypeError(f"{module_name} defines {len(own)} public methods; a method file defines one")
+    return own[0]
+
+
+@functools.cache
+def names(room: str) -> tuple[str, ...]:
+    """Names in a room without importing any of it."""
+    spec = importlib.util.find_spec(f"etude.{room}")
+    assert spec is not None and spec.submodule_search_locations is not None
+    found = [
+        info.name.removeprefix("etude.").removeprefix("methods.").removeprefix(f"{room}.")
+        for info in pkgutil.walk_packages(spec.submodule_search_locations, f"etude.{room}.")
+        if not info.ispkg and not info.name.rpartition(".")[2].startswith("_")
+    ]
+    return tuple(sorted(found))
+
+
+def find(room: str, name: str) -> type[Method]:
+    """The method of this name; only its own file is imported.  Raises InputError with the nearest name."""
+    if name in names(room):
+        return public_class(f"etude.{room}.{name}")
+    outside = discover(room) if room == "methods" and importlib.metadata.entry_points(group="etude.methods") else {}
+    if name in outside:
+        return outside[name]
+    what = {"methods": "method", "measures": "measure", "worlds": "world"}[room]
+    raise InputError(f"there is no {what} {name!r}", remedy=nearest(name, [*names(room), *outside]))

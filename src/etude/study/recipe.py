@@ -1,0 +1,359 @@
+"""A study as its author writes it: YAML to a `Study`, every mistake with its line and its remedy."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from etude.engine.budget import Budget
+from etude.method import Method, find, interface
+from etude.study import expect
+from etude.study.yaml import Places, parse, scalar
+from etude.values.errors import InputError, nearest
+
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+SOURCES = ("model", "corpus", "generator")
+WORLD = "etude:"
+REFERENCE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9_-]*)(?:\[([^\]]+)\])?$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that is given: a model, corpus or generator by its reference."""
+
+    kind: str
+    reference: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The name of a given value or a step, and perhaps which of its variants."""
+
+    name: str
+    labels: tuple[str, ...] = ()
+    where: str = ""
+
+    @classmethod
+    def parse(cls, text: Any, where: str) -> Reference:
+        match = REFERENCE.match(text) if isinstance(text, str) else None
+        if not match:
+            raise InputError(f"{text!r} names no value", where=where, remedy="Write the name of a given value or a step, as in `pruned` or `pruned[sleb]`.")
+        return cls(match[1], tuple(label.strip() for label in match[2].split(",")) if match[2] else (), where)
+
+    def __str__(self) -> str:
+        return f"{self.name}[{', '.join(self.labels)}]" if self.labels else self.name
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method, or several to be tried, over some inputs."""
+
+    inputs: Mapping[str, tuple[Reference, ...]]
+    variants: Mapping[str, Method]
+    """By label; a step that tries nothing has the one label ''."""
+    budget: Budget | None = None
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure of some values."""
+
+    method: Method
+    of: tuple[Reference, ...]
+    on: tuple[Reference, ...] = ()
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A graph of methods over values, with what is measured and what is expected."""
+
+    name: str
+    given: Mapping[str, Source]
+    steps: Mapping[str, Step]
+    measures: Mapping[str, Measure]
+    question: str = ""
+    seeds: tuple[int, ...] = (0,)
+    expectations: tuple[expect.Expectation, ...] = ()
+    text: str = ""
+    """The recipe as it was written."""
+    origin: str = ""
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Study:
+        """Read a recipe from a file.  Raises InputError, naming file, line and column, for anything that is wrong with it."""
+        path = Path(path)
+        if not path.is_file():
+            beside = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+            raise InputError(f"there is no study {path}", remedy=nearest(path.name, beside))
+        try:
+            text = path.read_text(encoding="utf8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} cannot be read: {error}", remedy="A study is a YAML file in UTF-8.") from error
+        return cls.parse(text, str(path), overrides)
+
+    @classmethod
+    def parse(cls, text: str, origin: str = "study", overrides: Sequence[str] = ()) -> Study:
+        """Read a recipe from a string."""
+        data, places = parse(text, origin)
+        for override in overrides:
+            _override(data, override)
+        return _Reader(places, origin).study(data, text)
+
+
+class _Reader:
+    """Turns plain data into a study, and remembers where it is reading."""
+
+    def __init__(self, places: Places, origin: str):
+        self.places, self.origin = places, origin
+
+    def where(self, *path: Any) -> str:
+        return self.places.of(path)
+
+    def study(self, data: Any, text: str) -> Study:
+        top = self.mapping(data, (), {"study", "question", "given", "steps", "measure", "seeds", "expect"}, required=("study",))
+        name = self.name(top["study"], ("study",))
+        given = {self.name(key, ("given", key)): self.source(value, ("given", key)) for key, value in self.table(top, "given").items()}
+        steps = {self.name(key, ("steps", key)): self.step(value, ("steps", key)) for key, value in self.table(top, "steps").items()}
+        for twice in given.keys() & steps.keys():
+            raise InputError(f"{twice!r} is both given and a step", where=self.where("steps", twice), remedy="Give one of them another name.")
+        measures = {self.name(key, ("measure", key)): self.measure(key, value, ("measure", key)) for key, value in self.table(top, "measure").items()}
+        if not steps and not measures:
+            raise InputError("the study is empty: it has neither steps nor anything to measure", where=self.where(), remedy="Add `steps:` or `measure:`; see `etude plan --help`.")
+        lines = top.get("expect") or []
+        if not isinstance(lines, list):
+            raise InputError("expect is a list of comparisons", where=self.where("expect"), remedy="Write each on a line of its own behind a dash.")
+        expectations = tuple(expect.Expectation.parse(line, self.where("expect", index)) for index, line in enumerate(lines))
+        return Study(name, given, steps, measures, str(top.get("question") or ""), self.seeds(top.get("seeds", 1)), expectations, text, self.origin)
+
+    # Small things.
+
+    def mapping(self, data: Any, path: tuple[Any, ...], known: set[str], required: Sequence[str] = ()) -> dict[str, Any]:
+        if not isinstance(data, dict):
+            raise InputError(f"expected a mapping with {', '.join(sorted(known))}, got {type(data).__name__}", where=self.where(*path))
+        for key in data:
+            if key not in known:
+                raise InputError(f"there is no key {key!r} here", where=self.where(*path, key), remedy=nearest(str(key), known))
+        for key in required:
+            if key not in data:
+                raise InputError(f"the key {key!r} is missing", where=self.where(*path), remedy=f"Add `{key}:`.")
+        return data
+
+    def table(self, top: dict[str, Any], key: str) -> dict[str, Any]:
+        value = top.get(key) or {}
+        if not isinstance(value, dict):
+            raise InputError(f"{key} is a mapping of names, got {type(value).__name__}", where=self.where(key))
+        return value
+
+    def name(self, value: Any, path: tuple[Any, ...]) -> str:
+        if not isinstance(value, str) or not NAME.match(value):
+            raise InputError(f"{value!r} is no name", where=self.where(*path), remedy="A name has letters, digits, - and _, begins with a letter or digit, and has at most 64 of them.")
+        return value
+
+    def seeds(self, value: Any) -> tuple[int, ...]:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1000:
+            return tuple(range(value))
+        if isinstance(value, list) and value and all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value) and len(set(value)) == len(value):
+            return tuple(value)
+        raise InputError(f"seeds is a number of seeds from 1 to 1000, or a list of distinct ones, got {value!r}", where=self.where("seeds"))
+
+    def references(self, value: Any, path: tuple[Any, ...]) -> tuple[Reference, ...]:
+        items = value if isinstance(value, list) else [value]
+        if not items:
+            raise InputError("nothing is named here", where=self.where(*path))
+        return tuple(Reference.parse(item, self.where(*path, index) if isinstance(value, list) else self.where(*path)) for index, item in enumerate(items))
+
+    # The parts.
+
+    def source(self, value: Any, path: tuple[Any, ...]) -> Source:
+        if not isinstance(value, dict):
+            raise InputError("what is given is written as {model: …}, {corpus: …} or {generator: …}", where=self.where(*path))
+        kinds = [kind for kind in SOURCES if kind in value]
+        if len(kinds) != 1:
+            stranger = next((key for key in value if key not in SOURCES), "")
+            raise InputError(f"exactly one of {', '.join(SOURCES)} says what is given, got {', '.join(value) or 'none'}", where=self.where(*path), remedy=nearest(stranger, SOURCES) if not kinds else "Keep one.")
+        kind = kinds[0]
+        options = {key: option for key, option in value.items() if key != kind}
+        if not isinstance(value[kind], str) or not value[kind]:
+            raise InputError(f"{kind} is a name, a folder or a file, got {value[kind]!r}", where=self.where(*path, kind))
+        if value[kind].startswith(WORLD):
+            common = {"model": set(), "corpus": {"take", "columns"}, "generator": set()}[kind]
+            world = self.located(lambda: find("worlds", value[kind].removeprefix(WORLD)), *path, kind)
+            face = interface(world)
+            if face.output.__name__.lower() != kind:
+                raise InputError(f"{value[kind]} is a {face.output.__name__.lower()}, not a {kind}", where=self.where(*path, kind))
+            self.fields(world, {key: option for key, option in options.items() if key not in common}, path, also=common)
+        else:
+            known = {"model": {"dtype"}, "corpus": {"take", "columns"}, "generator": set()}[kind]
+            self.mapping(options, path, known)
+        if "take" in options and (not isinstance(options["take"], int) or options["take"] < 1):
+            raise InputError(f"take is a number of records, at least 1, got {options['take']!r}", where=self.where(*path, "take"))
+        return Source(kind, value[kind], options, self.where(*path, kind))
+
+    def step(self, value: Any, path: tuple[Any, ...]) -> Step:
+        step = self.mapping(value, path, {"inputs", "use", "try", "budget"})
+        if ("use" in step) == ("try" in step):
+            raise InputError("a step has either `use`, one method, or `try`, several", where=self.where(*path))
+        if "use" in step:
+            variants = {"": self.method("methods", step["use"], (*path, "use"))}
+        else:
+            variants = self.variants(step["try"], (*path, "try"))
+        budget = None
+        if step.get("budget") is not None:
+            budget = self.located(lambda: Budget.parse(str(step["budget"])), *path, "budget")
+        inputs = {key: self.references(item, (*path, "inputs", key)) for key, item in self.mapping(step.get("inputs") or {}, (*path, "inputs"), set(step.get("inputs") or {})).items()}
+        for label, method in variants.items():
+            self.fits(method, inputs, budget, path, label)
+        return Step(inputs, variants, budget, self.where(*path))
+
+    def variants(self, value: Any, path: tuple[Any, ...]) -> dict[str, Method]:
+        if not isinstance(value, dict) or not value:
+            raise InputError("try is a mapping of labels to methods, and not empty", where=self.where(*path))
+        found: dict[str, Method] = {}
+        for label, use in value.items():
+            if label in ("grid", "zip"):
+                found.update(self.fan(use, (*path, label), product=label == "grid"))
+            else:
+                found[self.name(label, (*path, label))] = self.method("methods", use, (*path, label))
+        return found
+
+    def fan(self, use: Any, path: tuple[Any, ...], product: bool) -> dict[str, Method]:
+        """One variant for each combination (grid) or for each place (zip) of the parameters that are lists."""
+        name, fields = self.named(use, path)
+        cls = self.located(lambda: find("methods", name), *path, name)
+        lists = {key: item for key, item in fields.items() if isinstance(item, list)}
+        if not lists:
+            raise InputError(f"{path[-1]} needs a parameter with a list of values", where=self.where(*path), remedy=f"As in `{path[-1]}: {{{name}: {{sparsity: [0.3, 0.5]}}}}`.")
+        if not product and len({len(item) for item in lists.values()}) > 1:
+            raise InputError("the lists of a zip are of one length", where=self.where(*path), remedy="For every combination, write grid.")
+        found = {}
+        for combination in itertools.product(*lists.values()) if product else zip(*lists.values(), strict=True):
+            chosen = dict(zip(lists, combination, strict=True))
+            label = ",".join(f"{key}={item}" for key, item in chosen.items())
+            found[label] = self.fields(cls, {**fields, **chosen}, (*path, name))
+        return found
+
+    def named(self, use: Any, path: tuple[Any, ...]) -> tuple[str, dict[str, Any]]:
+        if isinstance(use, str):
+            return use, {}
+        if isinstance(use, dict) and len(use) == 1:
+            ((name, fields),) = use.items()
+            if isinstance(name, str) and (fields is None or isinstance(fields, dict)):
+                return name, dict(fields or {})
+        raise InputError("a method is written as its name, or as {name: {parameter: value}}", where=self.where(*path), remedy="As in `{compress.sleb: {blocks: 0.33}}`.")
+
+    def method(self, room: str, use: Any, path: tuple[Any, ...]) -> Method:
+        name, fields = self.named(use, path)
+        spot = (*path, name) if isinstance(use, dict) else path
+        return self.fields(self.located(lambda: find(room, name), *spot), fields, spot)
+
+    def fields(self, cls: type[Method], given: dict[str, Any], path: tuple[Any, ...], also: set[str] = frozenset()) -> Method:  # type: ignore[assignment]
+        """The method with these parameters.  Types are checked by pydantic, ranges by the method itself."""
+        import pydantic
+
+        face = interface(cls)
+        known = {parameter.name: parameter for parameter in face.parameters}
+        checked = {}
+        for key, value in given.items():
+            if key not in known:
+                raise InputError(f"{face.name} has no parameter {key!r}", where=self.where(*path, key), remedy=nearest(str(key), [*known, *also]))
+            try:
+                checked[key] = pydantic.TypeAdapter(known[key].annotation).validate_python(value, strict=not isinstance(value, list))
+            except pydantic.ValidationError as error:
+                problem = error.errors()[0]["msg"]
+                raise InputError(f"{face.name}: {key} is a {known[key].type}, got {value!r} ({problem})", where=self.where(*path, key)) from error
+        return self.located(lambda: cls(**checked), *path)
+
+    def fits(self, method: Method, inputs: Mapping[str, tuple[Reference, ...]], budget: Budget | None, path: tuple[Any, ...], label: str) -> None:
+        """Refuse missing and surplus inputs."""
+        face = interface(type(method))
+        spot = (*path, "try", label) if label else (*path, "use")
+        slots = {slot.name: slot for slot in face.inputs}
+        for name, references in inputs.items():
+            if name not in slots:
+                raise InputError(f"{face.name} takes no input {name!r}", where=self.where(*path, "inputs", name), remedy=nearest(name, slots))
+            if len(references) > 1 and not slots[name].many:
+                raise InputError(f"{face.name} takes one {name}, got {len(references)}", where=self.where(*path, "inputs", name))
+        for name, slot in slots.items():
+            if slot.required and name not in inputs:
+                raise InputError(f"{face.name} needs the input {name!r}, a {slot.kind.__name__.lower()}", where=self.where(*spot), remedy=f"Add `{name}:` to the step's inputs.")
+        if face.budgeted and budget is None:
+            raise InputError(f"{face.name} needs a budget", where=self.where(*path), remedy="Add `budget: 200k tokens` (or steps, seconds, FLOPs) to the step.")
+
+    def measure(self, key: str, value: Any, path: tuple[Any, ...]) -> Measure:
+        if not isinstance(value, dict):
+            raise InputError("a measure is written as {of: […], on: …}", where=self.where(*path))
+        name = value.get("use", key)
+        cls = self.located(lambda: find("measures", name), *(path if name == key else (*path, "use")))
+        method = self.fields(cls, {k: v for k, v in value.items() if k not in ("of", "on", "use")}, path, also={"of", "on", "use"})
+        if "of" not in value:
+            raise InputError("a measure says of what", where=self.where(*path), remedy="Add `of: [base, …]`.")
+        face = interface(cls)
+        if ("on" in value) != (len(face.inputs) > 1):
+            what = f"{face.name} needs `on:`, a {face.inputs[1].kind.__name__.lower()}" if len(face.inputs) > 1 else f"{face.name} takes no `on:`"
+            raise InputError(what, where=self.where(*path))
+        on = self.references(value["on"], (*path, "on")) if "on" in value else ()
+        return Measure(method, self.references(value["of"], (*path, "of")), on, self.where(*path))
+
+    def located(self, make: Any, *path: Any) -> Any:
+        """Call, and give any complaint the place that is being read."""
+        try:
+            return make()
+        except InputError as error:
+            raise error.at(self.where(*path)) from error
+        except ValueError as error:
+            raise InputError(str(error), where=self.where(*path)) from error
+
+
+def _override(data: Any, text: str) -> None:
+    """Apply ``path=value``: the path is dotted, and may begin at a given value or a step as well as at the top."""
+    key, equals, value = text.partition("=")
+    if not equals or not isinstance(data, dict):
+        raise InputError(f"--set {text!r} is not of the form key=value", remedy="As in `--set base=./my-model` or `--set pruned.sleb.blocks=0.5`.")
+    parts = key.split(".")
+    given, steps = data.get("given") or {}, data.get("steps") or {}
+    if parts[0] in given:
+        parts = ["given", *parts]
+    elif parts[0] in steps:
+        parts = ["steps", *parts]
+    if parts[0] == "given" and len(parts) == 2 and isinstance(given.get(parts[1]), dict):
+        parts.append(next((kind for kind in SOURCES if kind in given[parts[1]]), "model"))
+    spot: Any = data
+    for index, part in enumerate(parts[:-1]):
+        step = isinstance(spot, dict) and part not in spot
+        if step and isinstance(spot.get("try"), dict) and part in spot["try"]:
+            spot = spot["try"]
+        if step and isinstance(spot.get("use"), str):
+            spot["use"] = {spot["use"]: {}}
+        if not isinstance(spot, dict) or part not in spot:
+            raise InputError(f"--set {text!r}: there is no {'.'.join(parts[: index + 1])!r} in the study", remedy=nearest(part, map(str, spot) if isinstance(spot, dict) else ()))
+        spot = spot[part]
+    last = parts[-1]
+    if isinstance(spot, dict) and parts[0] == "steps" and last not in ("budget", "use", "try", "inputs"):
+        spot = _fields_of(spot, last)
+    if not isinstance(spot, dict):
+        raise InputError(f"--set {text!r}: {'.'.join(parts[:-1])!r} has no fields")
+    spot[last] = scalar(value)
+
+
+def _fields_of(spot: dict[str, Any], last: str) -> dict[str, Any]:
+    """Go through `use:` and the method's name to its parameters."""
+    if last in spot:
+        return spot
+    use = spot.get("use", spot)
+    if isinstance(use, str):
+        use = spot["use"] = {use: {}}
+    if isinstance(use, dict) and len(use) == 1:
+        ((name, fields),) = use.items()
+        if fields is None:
+            fields = use[name] = {}
+        if isinstance(fields, dict):
+            return fields
+    return spot

@@ -1,0 +1,70 @@
+"""Digests of code: what a method's result depends on besides its parameters and inputs."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+from etude.values.digest import digest
+
+
+@functools.cache
+def code_digest(module: str) -> str:
+    """Digest of a module's source and of every module of the same distribution that it imports, directly or not.
+
+    Comments, docstrings, field documentation and layout do not count; nor does the logging or reporting of progress.
+    """
+    seen: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = source_path(name)
+        if name in seen or path is None:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf8"))
+        seen[name] = ast.dump(_Bare().visit(tree))
+        waiting += [found for found in imported(tree, name, path) if found.partition(".")[0] == module.partition(".")[0]]
+    return digest(sorted(seen.items()))
+
+
+@functools.cache
+def source_path(module: str) -> Path | None:
+    """The file of a module, found without importing it (its parent packages aside)."""
+    loaded = sys.modules.get(module)
+    if loaded is not None and getattr(loaded, "__file__", None):
+        return Path(inspect.getsourcefile(loaded) or loaded.__file__ or "")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+def imported(tree: ast.AST, module: str, path: Path) -> list[str]:
+    """Every module that the source names in an import, inside functions too; ``from a import b`` may name a.b."""
+    names: list[str] = []
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module or ""
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return names
+
+
+class _Bare(ast.NodeTransformer):
+    """Drop every expression statement that computes nothing: docstrings, the documentation beneath fields, reports, logging."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        if isinstance(node.value, ast.Constant):
+            return None
+        if isinstance(node.value, ast.Call):
+            called = ast.unparse(node.value.func)
+            if called == "report" or called.startswith(("log.", "logger.", "logging.")):
+                return None
+        return node

@@ -1,0 +1,1 @@
+"""What flows: corpora, models, generators, measurements."""

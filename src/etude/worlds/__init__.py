@@ -1,0 +1,1 @@
+"""Data and models that are always at hand, with no download."""
