@@ -146,6 +146,7 @@ def rebuild(base: PretrainedConfig, edits: tuple[Edit, ...], dtype: torch.dtype)
         network = network_class(base)(copy.deepcopy(base)).to(dtype)
     for edit in edits:
         edit.apply(network)
+    network.tie_weights()  # so that loading any one of several tied names fills them all
     return network
 
 
@@ -161,7 +162,6 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
 def load_state(network: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
     """Load a state dict that `save_state` wrote; tied tensors are written once."""
     missing, surplus = network.load_state_dict(state, strict=False)
-    network.tie_weights()
     tied = shared_names(network)
     missing = [name for name in missing if not tied.get(name, set()) & state.keys()]
     if missing or surplus:
@@ -257,7 +257,6 @@ def _same_behaviour(network: PreTrainedModel, config: PretrainedConfig) -> bool:
     """Whether a network of this config, given the same weights, gives the same logits."""
     fresh = rebuild(config, (), network.dtype)
     fresh.load_state_dict(network.state_dict())
-    fresh.tie_weights()
     return difference(network, fresh.eval()) <= tolerance(network)
 
 
@@ -275,7 +274,6 @@ def padded(model: Model) -> PreTrainedModel:
     config = full.config
     fresh = rebuild(config, (), model.network.dtype)
     fresh.load_state_dict(full.state_dict())
-    fresh.tie_weights()
     return fresh.eval()
 
 

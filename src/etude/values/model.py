@@ -17,7 +17,6 @@ from etude.values.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from etude.values.anatomy import Anatomy
@@ -48,6 +47,8 @@ class Model:
             raise ValueError("a Model needs a network, or a folder to load one from")
         self._network, self._tokenizer, self._folder, self._dtype = network, tokenizer, folder, dtype
         self._base = base if base is not None or network is None else copy.deepcopy(network.config)
+        if self._base is not None and network is not None and not self._base.architectures:
+            self._base.architectures = network.config.architectures = [type(network).__name__]
         self._edits = tuple(edits)
         self._history = [dict(row) for row in history]
         self.frozen = network is None
@@ -258,8 +259,3 @@ def device() -> torch.device:
     import torch
 
     return torch.device(os.environ.get("ETUDE_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def modules_of(network: nn.Module) -> dict[str, nn.Module]:
-    """Every submodule by its path."""
-    return dict(network.named_modules())
