@@ -49,6 +49,10 @@ class Method:
         if "apply" in vars(cls):
             cls.__call__ = _checked(cls.apply)  # type: ignore[assignment, method-assign]
 
+    def draws_random(self) -> bool:
+        """Whether these hyperparameters make `apply` use its seed; if not, it is computed once for all seeds."""
+        return True
+
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         raise TypeError(f"{type(self).__name__} defines no apply")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -80,3 +80,47 @@ def sample_rows(model: Model, corpus: Corpus, tokens: int, length: int) -> list[
         if left <= 0:
             break
     return rows
+
+
+@torch.no_grad()
+def block_changes(model: Model, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """How far each block turns the residual stream: one minus the cosine of its input and output, averaged over tokens.
+
+    rows: token ids, each at most as long as the model reads.  Returns (blocks,), float64.  Cost: one forward pass over the rows.
+    """
+    require_causal(model, "measuring blocks")
+    network = model.network
+    blocks = [network.get_submodule(f"{stack}.{place}") for stack, count in model.anatomy.stacks.items() for place in range(count)]
+    sums, counted = np.zeros(len(blocks)), 0
+    real: torch.Tensor
+
+    def watch(index: int):  # type: ignore[no-untyped-def]
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output if isinstance(output, torch.Tensor) else output[0]
+            sums[index] += (1 - F.cosine_similarity(before.float(), after.float(), dim=-1))[real].sum().item()
+
+        return hook
+
+    handles = [block.register_forward_hook(watch(index), with_kwargs=True) for index, block in enumerate(blocks)]
+    try:
+        for ids, real in padded_batches(model, rows):
+            network(input_ids=ids, use_cache=False)
+            counted += int(real.sum())
+            report("measuring blocks", counted, sum(map(len, rows)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    spend(tokens=counted)
+    return sums / counted
+
+
+def padded_batches(model: Model, rows: Sequence[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows in batches of like length on the model's device: ids, and which of them are real; a causal model's real tokens never see the padding."""
+    for group in batch.by_length([len(row) for row in rows], batch_tokens(model)):
+        ids = torch.zeros(len(group), len(rows[group[0]]), dtype=torch.long)
+        real = torch.zeros_like(ids, dtype=torch.bool)
+        for place, index in enumerate(group):
+            ids[place, : len(rows[index])] = torch.from_numpy(rows[index])
+            real[place, : len(rows[index])] = True
+        yield ids.to(model.network.device), real.to(model.network.device)

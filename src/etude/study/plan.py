@@ -211,7 +211,7 @@ def _combinations(plan: Plan, inputs: Mapping[str, tuple[Reference, ...]], seed:
 def _node(plan: Plan, name: str, owner: str, method: Method, inputs: Mapping[str, list[Node]], seed: int, budget: Budget | None, axes: Mapping[str, str], where: str, kind: str) -> Node:
     """A node, or the one that another seed already made if no seed matters."""
     face = interface(type(method))
-    own_seed = seed if face.seeded else None
+    own_seed = seed if face.seeded and method.draws_random() else None
     own_budget = budget if face.budgeted else None
     key = digest("made", face.name, method, code_digest(type(method).__module__), {slot: [node.key for node in nodes] for slot, nodes in inputs.items()}, own_seed, own_budget)
     for node in plan.nodes:

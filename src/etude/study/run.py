@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from etude.engine.cost import metered
+from etude.method import interface
 from etude.study.environment import environment
 from etude.study.plan import Node, Plan
 from etude.study.store import Store
-from etude.values.errors import EtudeError, InputError
+from etude.values.errors import EtudeError, InputError, nearest
 from etude.values.measurement import Measurement, save_all
 from etude.values.model import Model
 
@@ -110,8 +111,8 @@ def execute(node: Node, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Apply a node's method and say what it cost."""
     assert node.method is not None
     more: dict[str, Any] = {}
-    if node.seed is not None:
-        more["seed"] = node.seed
+    if interface(type(node.method)).seeded:
+        more["seed"] = node.seed if node.seed is not None else 0
     if node.budget is not None:
         more["budget"] = node.budget
     with metered() as cost:
@@ -130,8 +131,6 @@ def _wanted(nodes: list[Node], only: Collection[str]) -> set[str]:
     chosen = [node for node in nodes if node.owner in only or node.name in only]
     missing = set(only) - {node.owner for node in chosen} - {node.name for node in chosen}
     if missing:
-        from etude.values.errors import nearest
-
         name = sorted(missing)[0]
         raise InputError(f"--only {name!r}: the study has no such step or measure", remedy=nearest(name, {node.owner for node in nodes}))
     found: set[str] = set()
@@ -153,8 +152,6 @@ class _Values:
 
     def inputs(self, node: Node) -> dict[str, Any]:
         slots = {slot: [self._value(parent) for parent in parents] for slot, parents in node.inputs.items()}
-        from etude.method import interface
-
         many = {slot.name for slot in interface(type(node.method)).inputs if slot.many}  # type: ignore[arg-type]
         return {slot: found if slot in many else found[0] for slot, found in slots.items()}
 

@@ -339,7 +339,7 @@ def candidates(model: Model) -> Iterator[PretrainedConfig]:
     if attentions and len({(a.heads, a.key_value_heads, a.head_dim) for a in attentions}) == 1:
         first = attentions[0]
         for name, value in (("num_attention_heads", first.heads), ("num_key_value_heads", first.key_value_heads), ("head_dim", first.head_dim)):
-            if getattr(config, name, None) is not None and not isinstance(getattr(type(config), name, None), property):
+            if hasattr(config, name) and not isinstance(getattr(type(config), name, None), property):
                 setattr(config, name, value)
     if layers and len({layer.channels for layer in layers}) == 1:
         for name in _channel_fields(config, model):

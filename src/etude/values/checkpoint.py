@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etude.values.digest import LENGTH
-from etude.values.edits import Arrange, Attributes, Edit, Narrow
+from etude.values.edits import Arrange, Attributes, Bias, Edit, Narrow
 from etude.values.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -261,19 +261,30 @@ def _same_behaviour(network: PreTrainedModel, config: PretrainedConfig) -> bool:
 
 
 def padded(model: Model) -> PreTrainedModel:
-    """A network of a plain config that computes what the edited one does, with zeros where something was cut."""
-    blocks = tuple(edit for edit in model.edits if isinstance(edit, Arrange))
-    if not all(isinstance(edit, (Arrange, Narrow, Attributes)) for edit in model.edits):
-        raise InputError("this model holds layers that no plain checkpoint can express", remedy="Load the saved folder with Étude.")
+    """A network of a plain config that computes what the edited one does: zeros where something was cut, or a bias is asked for.
+
+    Raises InputError if the architecture has no place for what an edit added.
+    """
+    import torch
+
+    beyond = [edit for edit in model.edits if not isinstance(edit, (Arrange, Narrow, Attributes, Bias))]
     state = {name: tensor.detach().clone() for name, tensor in model.network.state_dict().items()}
     for edit in reversed(model.edits):
         if isinstance(edit, Narrow):
             edit.pad(state)
-    full = rebuild(model.base, blocks, model.network.dtype)
-    load_state(full, state)
-    config = full.config
-    fresh = rebuild(config, (), model.network.dtype)
-    fresh.load_state_dict(full.state_dict())
+    base = copy.deepcopy(model.base)
+    if any(isinstance(edit, Bias) for edit in model.edits):
+        for flag in ("attention_bias", "mlp_bias"):
+            if hasattr(base, flag):
+                setattr(base, flag, True)
+    full = rebuild(base, tuple(edit for edit in model.edits if isinstance(edit, Arrange)), model.network.dtype)
+    wanted = full.state_dict()
+    state |= {name: torch.zeros_like(tensor) for name, tensor in wanted.items() if name not in state and name.endswith(".bias")}
+    if beyond or state.keys() - wanted.keys():
+        what = type(beyond[0]).__name__ if beyond else sorted(state.keys() - wanted.keys())[0]
+        raise InputError(f"no plain {model.base.model_type} checkpoint can express {what}", remedy="Load the saved folder with Étude.")
+    fresh = rebuild(full.config, (), model.network.dtype)
+    load_state(fresh, state)
     return fresh.eval()
 
 

@@ -61,6 +61,21 @@ class Narrow:
 
 
 @dataclass(frozen=True)
+class Bias:
+    """Give a linear layer without a bias one, zero at first."""
+
+    module: str
+
+    def apply(self, network: nn.Module) -> None:
+        import torch
+        from torch import nn
+
+        module = network.get_submodule(self.module)
+        size = module.weight.shape[0 if isinstance(module, nn.Linear) else 1]  # type: ignore[union-attr, index]
+        module.bias = nn.Parameter(torch.zeros(size, dtype=module.weight.dtype, device=module.weight.device))  # type: ignore[union-attr, arg-type]
+
+
+@dataclass(frozen=True)
 class Attributes:
     """Set plain attributes of a module; ``config.name`` sets one in a copy of the module's config that it alone holds."""
 
