@@ -34,7 +34,7 @@ class Estimate:
     """The smallest difference from zero that would have shown, with probability 0.8, at this level."""
 
     def as_data(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(self).items()}
 
 
 def estimate(table: np.ndarray, exact: bool = False) -> Estimate:
