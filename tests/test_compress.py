@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import texts
 import torch
 from architectures import CAUSAL, NAMES, small
+from texts import LENGTH, ROWS, TOKENS, inputs_of, linear_layers, matrix, read_by
 
 from etude.engine.score import padded_batches
 from etude.engine.stream import through_blocks
@@ -21,8 +20,6 @@ from etude.values import checkpoint
 from etude.values.errors import InputError
 from etude.values.model import Model
 
-TOKENS, LENGTH = 260, 40
-ROWS = texts.rows(LENGTH, TOKENS)
 THREE = ["llama", "gpt2", "gemma2"]
 
 
@@ -32,39 +29,6 @@ def logits(model: Model) -> torch.Tensor:
 
 def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, atol=1e-5 * max(1.0, other.abs().max().item()), rtol=0)
-
-
-def matrix(module: torch.nn.Module) -> np.ndarray:
-    """Weight as (output, input)."""
-    weight = module.weight.detach().numpy()
-    return weight if isinstance(module, torch.nn.Linear) else weight.T
-
-
-def linear_layers(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    return {path: part for path, part in module.named_modules() if isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D"}
-
-
-@contextmanager
-def read_by(network: torch.nn.Module, paths: list[str]):
-    """Collects what these layers read in the forward passes inside, by path, a list of (tokens, channels)."""
-    seen: dict[str, list[np.ndarray]] = {path: [] for path in paths}
-    hooks = [network.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: seen[path].append(args[0].reshape(-1, args[0].shape[-1]).numpy().copy())) for path in paths]
-    yield seen
-    for hook in hooks:
-        hook.remove()
-
-
-def run_rows(network: torch.nn.Module) -> None:
-    """One forward pass for every row alone: no batch, no padding."""
-    with torch.no_grad():
-        for row in ROWS:
-            network(input_ids=torch.tensor([row]), use_cache=False)
-
-
-def inputs_of(network: torch.nn.Module, paths: list[str]) -> dict[str, np.ndarray]:
-    with read_by(network, paths) as seen:
-        run_rows(network)
-    return {path: np.concatenate(parts).astype(np.float64) for path, parts in seen.items()}
 
 
 METHODS = [
@@ -90,9 +54,6 @@ def test_the_model_stays_and_the_pruned_one_survives_saving(name, method, reads,
     assert not close(logits(pruned), logits(model))
     pruned.save(tmp_path)
     assert torch.equal(logits(Model.load(tmp_path)), logits(pruned))
-
-
-# Magnitude.
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,9 +115,6 @@ def test_a_wrong_sparsity_or_pattern_is_refused(method):
         method(sparsity=0.2, pattern="1:5")(texts.reader("llama"), *([texts.corpus()] if method is Wanda else []))
 
 
-# Streaming.
-
-
 @pytest.mark.parametrize("name", CAUSAL)
 def test_streaming_reads_what_a_full_forward_of_the_partly_pruned_model_reads(name):
     """Bit for bit what the same batches give, and nearly what unpadded rows give one by one."""
@@ -191,9 +149,6 @@ def test_blocks_that_do_not_follow_each_other_are_refused():
     model.anatomy.blocks  # noqa: B018, traced before
     with pytest.raises(InputError, match="do not simply follow"):
         next(through_blocks(model, [np.array(row) for row in ROWS], lambda tokens: tokens.sum(0)))
-
-
-# Wanda.
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2"])
@@ -235,9 +190,6 @@ def test_what_cannot_be_pruned_by_calibration_is_refused():
     for ratio in (0, 1):
         with pytest.raises(ValueError, match=f"less than 1, got {ratio}"):
             FLAP(ratio=ratio)
-
-
-# FLAP.
 
 
 def quiet(name: str) -> Model:
@@ -302,8 +254,7 @@ def silenced(model: Model, cuts, means) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2", "falcon"])
-@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize(("name", "compensate"), [("llama", True), ("llama", False), ("gpt2", True), ("gpt2", False), ("gemma2", True), ("qwen2", True), ("falcon", True)])
 def test_flap_deletes_what_brute_force_chooses_and_holds_it_at_its_mean(name, compensate):
     model = quiet(name)
     cuts, means = flap_by_hand(model, 0.4)
@@ -362,9 +313,6 @@ def test_flap_goes_on_from_a_model_that_was_pruned_before(tmp_path):
     assert twice.parameters < once.parameters
     twice.save(tmp_path)
     assert close(logits(Model.load(tmp_path)), logits(twice))
-
-
-# Whole blocks.
 
 
 def loss_without(network: torch.nn.Module, stack: str, skipped: set[int]) -> float:

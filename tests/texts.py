@@ -1,10 +1,12 @@
-"""Small networks that read bytes, and English sentences for them."""
+"""Small networks that read bytes, English sentences for them, and what their layers read of those."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import architectures
+import numpy as np
 import tokenizers
 import torch
 import transformers as t
@@ -82,3 +84,36 @@ def enumerate_bytes() -> dict[int, str]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+
+
+TOKENS, LENGTH = 200, 40
+ROWS = rows(LENGTH, TOKENS)
+"""What a method with these `tokens` and this `length` reads of the sentences."""
+
+
+def matrix(module: torch.nn.Module) -> np.ndarray:
+    """Weight as (output, input)."""
+    weight = module.weight.detach().numpy()
+    return weight if isinstance(module, torch.nn.Linear) else weight.T
+
+
+def linear_layers(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {path: part for path, part in module.named_modules() if isinstance(part, torch.nn.Linear) or type(part).__name__ == "Conv1D"}
+
+
+@contextmanager
+def read_by(network: torch.nn.Module, paths: list[str]):
+    """Collects what these layers read in the forward passes inside, by path, a list of (tokens, channels)."""
+    seen: dict[str, list[np.ndarray]] = {path: [] for path in paths}
+    hooks = [network.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: seen[path].append(args[0].reshape(-1, args[0].shape[-1]).numpy().copy())) for path in paths]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def inputs_of(network: torch.nn.Module, paths: list[str]) -> dict[str, np.ndarray]:
+    """The same, (tokens, channels) by path, for every row of ROWS alone: no batch, no padding."""
+    with read_by(network, paths) as seen, torch.no_grad():
+        for row in ROWS:
+            network(input_ids=torch.tensor([row]), use_cache=False)
+    return {path: np.concatenate(parts).astype(np.float64) for path, parts in seen.items()}
