@@ -13,3 +13,86 @@ def one_thread_a_worker():
     import torch
 
     torch.set_num_threads(1)
+
+
+WORDS = "the a of in on under over river stone house tree bird sings runs falls quickly slowly old new red green blue and but then".split()
+
+STUDY = """\
+study: tiny
+question: Which block is missed least?
+
+given:
+  base:    {model: ./base}
+  text:    {corpus: ./text.jsonl}
+  heldout: {corpus: ./heldout.jsonl}
+
+steps:
+  pruned:
+    inputs: {model: base, calibration: text}
+    try:
+      sleb:   {compress.sleb: {blocks: 0.33, tokens: 512, length: 64}}
+      random: {compress.drop_blocks: {blocks: 0.33, choose: random}}
+      last:   {compress.drop_blocks: {blocks: 0.33, choose: last}}
+  trained:
+    inputs: {model: pruned, corpus: text}
+    use: {pretrain.causal_lm: {batch_tokens: 256, length: 64}}
+    budget: 3 steps
+
+measure:
+  perplexity: {of: [base, pruned, trained], on: heldout, window: 64, stride: 63}
+  size:       {of: [base, pruned]}
+
+seeds: 2
+"""
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    import random
+
+    draw = random.Random(seed)
+    return [" ".join(draw.choice(WORDS) for _ in range(draw.randint(20, 80))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a tiny checkpoint, two small corpora, and a study of them."""
+    from etude.methods.pretrain.initialize import Initialize
+    from etude.values.corpus import Corpus
+
+    folder = tmp_path_factory.mktemp("tiny")
+    text = Corpus(sentences(40, 1))
+    text.write_jsonl(folder / "text.jsonl")
+    Corpus(sentences(12, 2)).write_jsonl(folder / "heldout.jsonl")
+    Initialize(vocabulary=300, hidden_size=32, blocks=3, heads=4, key_value_heads=2, intermediate_size=48, max_length=128)(text, seed=0).save(folder / "base")
+    (folder / "study.yaml").write_text(STUDY)
+    return folder
+
+
+@pytest.fixture
+def workplace(tiny, tmp_path, monkeypatch):
+    """A fresh folder with the tiny study in it, as the current folder."""
+    import shutil
+
+    shutil.copytree(tiny, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.delenv("ETUDE_STORE", raising=False)
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def etude(monkeypatch, capsys):
+    """The command line in this process: gives exit code, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        from etude.cli import main
+
+        monkeypatch.setattr("sys.argv", ["etude", *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

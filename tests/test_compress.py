@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import texts
 import torch
 from architectures import CAUSAL, NAMES, small
-from texts import LENGTH, ROWS, TOKENS, inputs_of, linear_layers, matrix, read_by
+from texts import LENGTH, ROWS, TOKENS, inputs_of, linear_layers, matrix, quiet, read_by
 
 from etude.engine.score import padded_batches
-from etude.engine.stream import through_blocks
+from etude.engine.stream import moments, through_blocks
 from etude.methods.compress.drop_blocks import DropBlocks
 from etude.methods.compress.flap import FLAP
 from etude.methods.compress.magnitude import Magnitude
@@ -115,10 +117,17 @@ def test_a_wrong_sparsity_or_pattern_is_refused(method):
         method(sparsity=0.2, pattern="1:5")(texts.reader("llama"), *([texts.corpus()] if method is Wanda else []))
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+def halving(forward, hidden_states, *args, **kwargs):
+    return forward(hidden_states.mul_(0.5), *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "llama changing its input in place"])
 def test_streaming_reads_what_a_full_forward_of_the_partly_pruned_model_reads(name):
     """Bit for bit what the same batches give, and nearly what unpadded rows give one by one."""
-    model = texts.reader(name)
+    model = texts.reader(name.split()[0])
+    if name.endswith("in place"):
+        for layer in model.network.model.layers:
+            layer.forward = functools.partial(halving, layer.forward)
     rows = [np.array(row) for row in ROWS]
     places = []
     for block, sums in through_blocks(model, rows, lambda tokens: tokens.square().sum(0)):
@@ -141,6 +150,15 @@ def test_streaming_reads_what_a_full_forward_of_the_partly_pruned_model_reads(na
         places.append(block.index)
     assert places == list(range(len(model.anatomy.blocks)))
     assert len({len(row) for row in rows}) > 2  # padding was at work
+
+
+def test_moments_are_those_of_the_tokens():
+    model = texts.reader("opt")
+    paths = model.anatomy.blocks[1].parts.linears
+    read = inputs_of(model.network, paths)
+    for path, (mean, variance) in moments(model, [np.array(row) for row in ROWS], paths).items():
+        assert np.allclose(mean, read[path].mean(0), atol=1e-5)
+        assert np.allclose(variance, read[path].var(0, ddof=1), rtol=1e-4, atol=1e-9)
 
 
 def test_blocks_that_do_not_follow_each_other_are_refused():
@@ -190,16 +208,6 @@ def test_what_cannot_be_pruned_by_calibration_is_refused():
     for ratio in (0, 1):
         with pytest.raises(ValueError, match=f"less than 1, got {ratio}"):
             FLAP(ratio=ratio)
-
-
-def quiet(name: str) -> Model:
-    """A model in whose first and last block one group of heads, or one head where all share their keys, says little."""
-    model = texts.reader(name)
-    for block in (model.anatomy.blocks[0], model.anatomy.blocks[-1]):
-        groups = block.attention.groups
-        heads = groups[-1] if len(groups) > 1 else (1,)
-        matrix(model.network.get_submodule(block.attention.output))[:, [head * block.attention.head_dim + i for head in heads for i in range(block.attention.head_dim)]] *= 0.1
-    return model
 
 
 def block_parameters(model: Model) -> int:

@@ -117,3 +117,13 @@ def inputs_of(network: torch.nn.Module, paths: list[str]) -> dict[str, np.ndarra
         for row in ROWS:
             network(input_ids=torch.tensor([row]), use_cache=False)
     return {path: np.concatenate(parts).astype(np.float64) for path, parts in seen.items()}
+
+
+def quiet(name: str) -> Model:
+    """A model in whose first and last block one group of heads, or one head where all share their keys, says little."""
+    model = reader(name)
+    for block in (model.anatomy.blocks[0], model.anatomy.blocks[-1]):
+        groups = block.attention.groups
+        heads = groups[-1] if len(groups) > 1 else (1,)
+        matrix(model.network.get_submodule(block.attention.output))[:, [head * block.attention.head_dim + i for head in heads for i in range(block.attention.head_dim)]] *= 0.1
+    return model

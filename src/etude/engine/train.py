@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from etude.engine import batch
 from etude.engine.batch import IGNORED
 from etude.engine.budget import Budget
-from etude.engine.cost import flops_per_token, spend
+from etude.engine.cost import spend
 from etude.engine.progress import report
 from etude.values.errors import StepError
 from etude.values.model import Model
@@ -110,8 +110,8 @@ def train(model: Model, documents: list[np.ndarray], recipe: Recipe, budget: Bud
     """
     model.require_draft()
     network = model.network
+    flops = _flops_per_token(network, loss, recipe)
     torch.manual_seed(seed)
-    flops = 3 * flops_per_token(network, min(64, recipe.length))
     rows_a_step = max(1, recipe.batch_tokens // recipe.length)
     planned = _planned_tokens(budget, flops, rows_a_step * recipe.length)
     runner: nn.Module = network
@@ -181,6 +181,18 @@ def _optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimize
     if not optimizers:
         raise StepError("nothing to train: no parameter asks for gradients")
     return optimizers
+
+
+def _flops_per_token(network: PreTrainedModel, loss: Loss, recipe: Recipe) -> float:
+    """Floating-point operations of training on one token, counted over a real forward and backward pass: what is frozen costs no gradient."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    length = min(128, recipe.length)
+    ids = torch.full((1, length), 10, device=network.device)
+    with FlopCounterMode(display=False) as counter:
+        loss(network, Batch(ids, ids, torch.arange(length, device=network.device)[None])).backward()
+    network.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / length
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -12,11 +12,11 @@ from typing import Any
 from etude.engine.budget import Budget
 from etude.method import Method, find, interface
 from etude.study import expect
-from etude.study.yaml import Places, parse, scalar
+from etude.study.overrides import SOURCES, override
+from etude.study.yaml import Places, parse
 from etude.values.errors import InputError, nearest
 
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
-SOURCES = ("model", "corpus", "generator")
 WORLD = "etude:"
 REFERENCE = re.compile(r"^([A-Za-z0-9][A-Za-z0-9_-]*)(?:\[([^\]]+)\])?$")
 
@@ -103,9 +103,32 @@ class Study:
     def parse(cls, text: str, origin: str = "study", overrides: Sequence[str] = ()) -> Study:
         """Read a recipe from a string."""
         data, places = parse(text, origin)
-        for override in overrides:
-            _override(data, override)
+        for text_of_one in overrides:
+            override(data, text_of_one)
         return _Reader(places, origin).study(data, text)
+
+    @classmethod
+    def of(cls, **parts: Any) -> Study:
+        """The same study in Python: the recipe's keys as arguments, with methods and measures as themselves where the recipe names them.
+
+        >>> from etude.methods.compress.sleb import SLEB
+        >>> steps = {"pruned": {"inputs": {"model": "base", "calibration": "text"}, "use": SLEB(blocks=0.33)}}
+
+        Read by the reader that reads YAML, so that both build the same graph with the same digests.
+        """
+        return _Reader(Places("study"), "study").study(_named(parts), "")
+
+
+def _named(part: Any) -> Any:
+    """Plain data for what may hold methods: each by its name and fields."""
+    if isinstance(part, Method):
+        face = interface(type(part))
+        return {face.name: {parameter.name: getattr(part, parameter.name) for parameter in face.parameters}}
+    if isinstance(part, Budget):
+        return str(part)
+    if isinstance(part, Mapping):
+        return {str(key): _named(value) for key, value in part.items()}
+    return [_named(item) for item in part] if isinstance(part, (list, tuple)) else part
 
 
 class _Reader:
@@ -265,7 +288,7 @@ class _Reader:
             if key not in known:
                 raise InputError(f"{face.name} has no parameter {key!r}", where=self.where(*path, key), remedy=nearest(str(key), [*known, *also]))
             try:
-                checked[key] = pydantic.TypeAdapter(known[key].annotation).validate_python(value, strict=not isinstance(value, list))
+                checked[key] = pydantic.TypeAdapter(known[key].annotation).validate_python(value, strict=not isinstance(value, (list, tuple)))
             except pydantic.ValidationError as error:
                 problem = error.errors()[0]["msg"]
                 raise InputError(f"{face.name}: {key} is a {known[key].type}, got {value!r} ({problem})", where=self.where(*path, key)) from error
@@ -310,50 +333,3 @@ class _Reader:
             raise error.at(self.where(*path)) from error
         except ValueError as error:
             raise InputError(str(error), where=self.where(*path)) from error
-
-
-def _override(data: Any, text: str) -> None:
-    """Apply ``path=value``: the path is dotted, and may begin at a given value or a step as well as at the top."""
-    key, equals, value = text.partition("=")
-    if not equals or not isinstance(data, dict):
-        raise InputError(f"--set {text!r} is not of the form key=value", remedy="As in `--set base=./my-model` or `--set pruned.sleb.blocks=0.5`.")
-    parts = key.split(".")
-    given, steps = data.get("given") or {}, data.get("steps") or {}
-    if parts[0] in given:
-        parts = ["given", *parts]
-    elif parts[0] in steps:
-        parts = ["steps", *parts]
-    if parts[0] == "given" and len(parts) == 2 and isinstance(given.get(parts[1]), dict):
-        parts.append(next((kind for kind in SOURCES if kind in given[parts[1]]), "model"))
-    spot: Any = data
-    for index, part in enumerate(parts[:-1]):
-        step = isinstance(spot, dict) and part not in spot
-        if step and isinstance(spot.get("try"), dict) and part in spot["try"]:
-            spot = spot["try"]
-        if step and isinstance(spot.get("use"), str):
-            spot["use"] = {spot["use"]: {}}
-        if not isinstance(spot, dict) or part not in spot:
-            raise InputError(f"--set {text!r}: there is no {'.'.join(parts[: index + 1])!r} in the study", remedy=nearest(part, map(str, spot) if isinstance(spot, dict) else ()))
-        spot = spot[part]
-    last = parts[-1]
-    if isinstance(spot, dict) and parts[0] == "steps" and last not in ("budget", "use", "try", "inputs"):
-        spot = _fields_of(spot, last)
-    if not isinstance(spot, dict):
-        raise InputError(f"--set {text!r}: {'.'.join(parts[:-1])!r} has no fields")
-    spot[last] = scalar(value)
-
-
-def _fields_of(spot: dict[str, Any], last: str) -> dict[str, Any]:
-    """Go through `use:` and the method's name to its parameters."""
-    if last in spot:
-        return spot
-    use = spot.get("use", spot)
-    if isinstance(use, str):
-        use = spot["use"] = {use: {}}
-    if isinstance(use, dict) and len(use) == 1:
-        ((name, fields),) = use.items()
-        if fields is None:
-            fields = use[name] = {}
-        if isinstance(fields, dict):
-            return fields
-    return spot

@@ -189,6 +189,7 @@ def check_tokenizer(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def save_plain(network: PreTrainedModel, config: PretrainedConfig, folder: Path) -> None:
+    quiet_transformers()
     live = network.config
     try:
         network.config = config
@@ -201,6 +202,7 @@ def save_state(network: PreTrainedModel, base: PretrainedConfig, folder: Path) -
     """Write the state dict as it is, tensors of the same memory once, and the config that the edits start from."""
     import huggingface_hub
 
+    quiet_transformers()
     huggingface_hub.save_torch_model(network, folder, safe_serialization=True)
     base.save_pretrained(folder)
 

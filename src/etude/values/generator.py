@@ -30,6 +30,8 @@ class Policy:
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
             raise ValueError(f"a policy has temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got {self}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop is a tuple of strings that are not empty, got {self.stop!r}")
 
 
 @dataclass(frozen=True)
