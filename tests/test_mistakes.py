@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 
@@ -78,7 +77,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_mistake_in_a_recipe(name, etude, workplace):
     recipe, wanted, line = RECIPES[name]
-    refuses(etude, workplace, recipe.lstrip("\n") if recipe.startswith(STEPS) and False else recipe, *wanted, line=line)
+    refuses(etude, workplace, recipe, *wanted, line=line)
 
 
 def test_an_alias_bomb_is_refused_at_once(etude, workplace):
@@ -181,7 +180,6 @@ def test_a_full_disk(workplace):
     """A limit on the size of files stands in for the disk: writing fails in the middle of an object."""
     script = "import resource, signal, errno, os; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); from etude.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", script, "run", "study.yaml", "--set", "seeds=1"], capture_output=True, text=True, cwd=workplace, check=False)
-    assert resource.RLIM_INFINITY  # the limit was the child's alone
     assert done.returncode == 2, done.stderr
     assert "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr

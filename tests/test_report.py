@@ -66,7 +66,15 @@ def node(name: str, kind: str, inputs: list[str], seed: int | None = None, of: s
     label = re.search(r"\[(.*)\]", name)
     axes = {"pruned": label[1]} if label and kind == "step" else {}
     row = {"name": name, "kind": kind, "of": of or name.partition("[")[0], "output": "model", "digest": f"{name}-{seed}", "axes": axes, "inputs": {"model": inputs}, "seed": seed, "code": "c0de"}
-    return {**row, **({} if kind == "given" or "error" in more else {"cost": {"seconds": 62.5, "processor_seconds": 110.0, "tokens": 100_000, "flops": 1.9e12, "peak_bytes": 1.4e9}, "finished": "2025-11-21T02:00:00Z"}), **more}
+    return {
+        **row,
+        **(
+            {}
+            if kind == "given" or "error" in more
+            else {"cost": {"seconds": 62.5, "processor_seconds": 110.0, "tokens": 100_000, "flops": 1.9e12, "peak_bytes": 1.4e9}, "finished": "2025-11-21T02:00:00Z"}
+        ),
+        **more,
+    }
 
 
 def nodes() -> list[dict[str, Any]]:
@@ -77,6 +85,10 @@ def nodes() -> list[dict[str, Any]]:
     for label in VARIANTS:
         found += [node(f"healed[{label}]", "step", [f"pruned[{label}]-{seed if label == 'random' else None}"], seed) for seed in SEEDS]
     return [*found, node("perplexity of base", "measure", ["base-None"], of="perplexity"), node("size of base", "measure", ["base-None"], of="size")]
+
+
+def expectation(text: str, verdict: str, margin: float, sentence: str) -> dict[str, Any]:
+    return {"text": text, "verdict": verdict, "margin": {"value": margin, "low": margin - 5, "high": margin + 5, "p": 0.01, "visible": 6.0}, "sentence": sentence}
 
 
 def sample(**more: Any) -> dict[str, Any]:
@@ -104,12 +116,244 @@ def sample(**more: Any) -> dict[str, Any]:
         "nodes": nodes(),
         "measurements": rows_of(),
         "expectations": [
-            {"text": "pruned[sleb].perplexity < pruned[random].perplexity", "verdict": "holds", "margin": {"value": 33.1, "low": 28.2, "high": 38.1, "p": 0.001, "visible": 6.0}, "sentence": "holds by 33.1 [28.2, 38.1]"},
-            {"text": "healed[last].perplexity < base.perplexity", "verdict": "contradicted", "margin": {"value": -9.3, "low": -10.0, "high": -8.0, "p": 0.001, "visible": 2.0}, "sentence": "missed by 9.3 [8, 10]"},
-            {"text": "pruned[sleb].throughput > pruned[last].throughput", "verdict": "undecided", "margin": {"value": 0.3, "low": -2.0, "high": 3.0, "p": 0.7, "visible": 4.0}, "sentence": "undecided: the margin is 0.3"},
+            expectation("pruned[sleb].perplexity < pruned[random].perplexity", "holds", 33.1, "holds by 33.1 [28.2, 38.1]"),
+            expectation("healed[last].perplexity < base.perplexity", "contradicted", -9.3, "missed by 9.3 [8, 10]"),
+            expectation("pruned[sleb].throughput > pruned[last].throughput", "undecided", 0.3, "undecided: the margin is 0.3"),
         ],
         "verdict": "Of 3 expectations 1 holds, 1 contradicted, 1 undecided.",
         "environment": {"python": "3.11.2", "torch": "2.9.0", "cores": 2},
         "complete": True,
         **more,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(sample())
+
+
+def text_of(page: str) -> str:
+    """What a reader sees."""
+    shown = re.sub(r"<style>.*?</style>|<wbr>", "", page, flags=re.S)
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", shown)))
+
+
+def without(results: dict[str, Any], *gone: str) -> dict[str, Any]:
+    return {**results, "measurements": [row for row in results["measurements"] if row["of"] not in gone]}
+
+
+def test_every_value_estimate_and_expectation_appears(page):
+    text = text_of(page)
+    for row in sample()["measurements"]:
+        scale = Scale.of([row["estimate"]["value"], row["estimate"]["low"], row["estimate"]["high"]], row["unit"], row["exact"])
+        assert f" {row['of']} " in text
+        assert scale.write(row["estimate"]["value"]) in text, row["part"]
+        assert scale.interval(row["estimate"]["low"], row["estimate"]["high"]) in text
+        assert scale.decimals or scale.factor == 1
+        if row["difference"] and row["difference"]["low"] is not None:
+            scale = Scale.of([row["difference"][key] for key in ("value", "low", "high")], row["unit"], row["exact"])
+            assert scale.write(row["difference"]["value"], sign=True) in text
+    for one in sample()["expectations"]:
+        assert one["text"] in text
+        assert one["sentence"] in text
+        assert f'class="badge {one["verdict"]}"' in page
+    for line in (sample()["verdict"], sample()["question"], "d1gest", "pruned[sleb]: blocks = 0.33 (default 0.2)", "torch 2.9.0", "seed 2"):
+        assert line in text
+
+
+def test_parts_and_steps_are_drawn_and_summed(page):
+    text = text_of(page)
+    assert page.count('<svg class="plot"') == 3  # against size, against seconds (throughput lacks the healed), the dots
+    assert text.count("healed[random]") >= 6
+    assert "pruned[random] 3 3 min 8 s 5 min 30 s 300,000 5.7 T 1.4 GB" in text  # three seeds of 62.5 s
+    assert "all 16 16 min 40 s" in text
+    assert "compress.drop_blocks" in page
+    assert "budget 100k tokens" in page
+
+
+def test_seconds_on_the_way_add_up(page):
+    """A healed value took its own 62.5 s and those of the pruned one before it; base took none."""
+    from etude.study.report import _Report
+
+    spent = _Report(sample())._spent()
+    assert spent["base"] == 0
+    assert spent["pruned[random]"] == 62.5
+    assert spent["healed[last]"] == 125
+
+
+def test_same_results_same_bytes(page):
+    assert render(copy.deepcopy(sample())) == page
+
+
+def test_all_text_is_data():
+    """One word, put wherever a recipe, a method or an error has a say."""
+    evil = "<script>alert(1)</script>\"><img src=x onerror=alert(1)>'{{ 7 * 7 }} </pre></style><b>]]><svg onload=alert(1)> & &lt;"
+    results = sample()
+    name = f"pruned[{evil}]"
+    results.update(study=evil, question=evil, recipe=evil, verdict=evil, digest=evil, differs_from_defaults=[evil], environment={evil: evil}, complete=False)
+    for one in results["expectations"]:
+        one.update(text=evil, sentence=evil)
+    for row in results["measurements"]:
+        row.update(unit=evil)
+        if row["of"] == "pruned[sleb]":
+            row["of"] = name
+        if row["measure"] == "perplexity":
+            row["measure"] = evil
+    for one in results["nodes"]:
+        if one["name"] == "pruned[sleb]":
+            one.update(name=name, axes={"pruned": evil}, digest=evil)
+    results["nodes"].append(node(f"bad {evil}", "step", [], of="healed", error=evil))
+    resolved = results["resolved"]
+    resolved["given"][evil] = {"corpus": evil, "split": evil}
+    resolved["steps"][evil] = {"inputs": {"model": ["base"]}, "try": {evil: {evil: {}}}, "budget": evil}
+    resolved["measure"][evil] = {"use": {evil: {}}, "of": ["base"], "on": [evil]}
+    page = render(results)
+    assert page.count(html.escape(evil).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")) > 40
+    tags = set(re.findall(r"<([A-Za-z][\w-]*)", page))
+    assert not tags & {"script", "img", "b"}
+    assert not re.findall(r"<[^>]*\son\w+\s*=", re.sub(r'"[^"]*"', '""', page))
+    assert "{{ 7 * 7 }}" in page
+    assert "'49 " not in html.unescape(page)
+    assert page.count("</style>") == 1
+
+
+def test_nothing_is_fetched(page):
+    assert not re.search(r"<(script|link|iframe|img|object|embed|base)\b", page)
+    assert not re.search(r"\b(src|href|action|data)\s*=", page)
+    assert not re.search(r"@import|url\((?!#head\))", page)
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in page
+    assert "http:" not in page
+    assert "https:" not in page
+
+
+def test_a_failed_step_and_what_hung_on_it_are_named():
+    results = without(sample(complete=False), "pruned[last]", "healed[last]")
+    for one in results["nodes"]:
+        if one["name"] == "pruned[last]":
+            del one["cost"]
+            one["error"] = "RuntimeError: the loss is NaN at step 12"
+        elif one["name"] == "healed[last]":
+            del one["cost"]
+    results["nodes"].append(node("perplexity of healed[sleb]", "measure", [], of="perplexity", error="MemoryError: 3 GB"))
+    text = text_of(render(results))
+    assert "This study is incomplete." in text
+    assert "pruned[last] failed: RuntimeError: the loss is NaN at step 12" in text
+    assert "healed[last] under seed 0, 1, 2 was not computed" in text
+    assert "perplexity of healed[sleb] failed: MemoryError: 3 GB" in text
+    assert "pruned[last] failed missing" in text  # its row in the table stays
+    assert "healed[last] not computed missing" in text
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"measurements": [], "expectations": [], "nodes": [], "resolved": {}, "complete": False, "verdict": "Nothing was measured."},
+        {"measurements": [], "expectations": [], "question": "", "recipe": "", "differs_from_defaults": [], "environment": {}},
+    ],
+)
+def test_a_study_without_measures_or_expectations(more):
+    text = text_of(render(sample(**more)))
+    assert "Nothing was measured." in text
+    assert "states no expectation" in text
+    assert "Holm" not in text
+
+
+def test_one_cell_has_no_interval_and_says_so():
+    """One item under one seed: nothing can be said of the difference, and nothing is."""
+    rows = rows_of(("base", "pruned[last]"))
+    for row in rows:
+        row["estimate"].update(low=None, high=None, p=None, visible=None)
+        if row["difference"]:
+            row["difference"].update(low=None, high=None, p=None, visible=None)
+    text = text_of(render(without(sample(measurements=rows))))
+    assert "unknown: no interval" in text
+    assert "✓" not in text.partition("What was measured")[2]
+
+
+def test_nothing_but_null_and_nan_is_drawn_around():
+    rows = rows_of()
+    rows[0]["estimate"] = {"value": None, "low": None, "high": None, "p": None, "visible": None}
+    rows[1]["estimate"]["value"] = float("nan")
+    rows[2]["difference"] = None
+    text = text_of(render(sample(measurements=rows)))
+    assert "nan" not in text.lower()
+    assert "measured on other items, not compared" in text
+
+
+def test_holm_marks_only_what_survives():
+    """p of 0.01, 0.02 and 0.04 among three: adjusted 0.03, 0.04, 0.04; among these and 0.04 again 0.04, 0.06, 0.08, 0.08."""
+    rows = [row for row in rows_of(NAMES[:5]) if row["part"] == "perplexity"]
+    for row, p in zip(rows[1:], (0.01, 0.02, 0.04, 0.04), strict=True):
+        row["difference"] = {"from": "base", "value": 2.0, "low": 1.0, "high": 3.0, "p": p, "visible": 1.5}
+    page = render(sample(measurements=rows))
+    assert "Of 4 differences with an interval 1 survives Holm's correction" in text_of(page)
+    assert page.count(">worse ✓<") == 1
+    assert page.count(">worse<") == 3 + 1  # and the legend
+    assert "perplexity: pruned[sleb] " in text_of(page)
+    page = render(sample(measurements=rows[:4]))
+    assert "Of 3 differences with an interval 3 survive Holm's correction" in text_of(page)
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "better", "exact", "said"),
+    [
+        (1, 2, 3, "lower", False, "worse"),
+        (1, 2, 3, "higher", False, "better"),
+        (-3, -2, -1, "lower", False, "better"),
+        (-1, 2, 5, "lower", False, "not distinguishable"),
+        (0, 2, 4, "higher", False, "not distinguishable"),
+        (0, 0, 0, "lower", False, "the same"),
+        (None, -7, None, "lower", True, "better"),
+        (None, 0, None, "lower", True, "the same"),
+        (None, -7, None, "lower", False, "unknown: no interval"),
+        (None, None, None, "lower", False, "unknown"),
+    ],
+)
+def test_a_difference_is_judged_by_its_interval(low, value, high, better, exact, said):
+    assert judged({"value": value, "low": low, "high": high}, better, exact) == said
+
+
+def test_the_best_of_a_column_is_bold(page):
+    bold = re.findall(r"<strong>([\d.,]+(?: \w+)?)</strong>", page)
+    best = {part: (max if part in ("throughput", "prefill") else min)(row["estimate"]["value"] for row in rows_of() if row["part"] == part) for part in ("perplexity", "throughput", "size")}
+    assert bold[0] == f"{best['perplexity']:.2f}"
+    assert f"{best['throughput']:.1f}" in bold
+    assert bold.count("2.234 M") == 3  # a tie
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (3_146_496, "", "3.146 M"),
+        (3_150_000, "parameters", "3.15 M"),
+        (912_484, "parameters", "912,484"),
+        (12_585_984, "bytes", "12.59 MB"),
+        (0, "bytes", "0 B"),
+        (1.9e12, "", "1.9 T"),
+        (14.263, "", "14.26"),
+        (-14.263, "", "−14.26"),
+        (0.01234567, "", "0.01235"),
+        (0.00000123456, "", "1.235 ×10⁻⁶"),
+        (7, "", "7"),
+        (None, "", "–"),
+        (float("nan"), "", "–"),
+    ],
+)
+def test_numbers_have_four_digits(value, unit, text):
+    assert plain(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (0.4217, "0.422 s"), (12.34, "12.3 s"), (59.97, "1 min"), (125, "2 min 5 s"), (3599.9, "1 h"), (3780, "1 h 3 min"), (90_000, "1 d 1 h"), (8_640_000, "100 d")]
+)
+def test_seconds_are_said_as_people_do(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_span_far_apart_is_logarithmic():
+    assert not Span.over([5, 90]).logarithmic
+    far = Span.over([1, 10_000])
+    assert far.logarithmic
+    assert far.share(100) == pytest.approx(0.5)
+    assert not Span.over([-1, 10_000]).logarithmic
+    assert Span.over([3, 3]).low < 3 < Span.over([3, 3]).high

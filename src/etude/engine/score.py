@@ -67,6 +67,9 @@ def mean_loss(model: Model, documents: Sequence[np.ndarray], *, window: int = 51
 
 def sample_rows(model: Model, corpus: Corpus, tokens: int, length: int) -> list[np.ndarray]:
     """The first `tokens` tokens of a corpus in rows of at most `length`, each with its start token: a calibration set."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not 2 < length <= (most or length):
+        raise InputError(f"a calibration row has 3 to {most or 'any number of'} tokens for this model, got {length}", remedy="Set `length` of the method.")
     rows: list[np.ndarray] = []
     left = tokens
     for record in range(len(corpus)):

@@ -1,13 +1,16 @@
 """From items to statements: intervals of means and of paired differences, over items and seeds.
 
-A value was measured on I items under S seeds.  Both are samples: other items and other seeds would have given another mean.  So an
-interval treats them as two crossed random effects (items × seeds, one observation a cell) and adds their variances; Student's t with
-Satterthwaite's degrees of freedom pays for having few of either.  Differences are taken item by item and seed by seed first, so that what is
-hard or easy for both sides cancels.  With three seeds a bootstrap over seeds would be too narrow; its coverage is why this is not one.
+A value was measured on I items under S seeds.  Both are samples: other items and other seeds would have given another mean.  So the table
+(seeds, items) is read as two crossed random effects, one observation a cell.  With mean squares M_s, M_i, M_e of seeds, items and the rest, the
+variance of the grand mean is estimated by (M_s + M_i - M_e) / (S·I); the interval is the generalised confidence interval (Weerahandi,
+1993), which lets each mean square vary as its own chi-square does.  With three seeds it is as wide as three seeds deserve, where a bootstrap,
+or Satterthwaite's approximation (92.3 % found for nominal 95 % with three seeds and large effects of seeds and items), would be too narrow.
+Differences are taken item by item and seed by seed first, so that what is hard or easy for both sides cancels.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +21,7 @@ import numpy as np
 from etude.study.expect import Expectation, Term
 from etude.values.measurement import Measurement
 
-LEVEL = 0.95
+LEVEL, POWER, DRAWS = 0.95, 0.8, 10_000
 
 
 @dataclass(frozen=True)
@@ -49,34 +52,41 @@ def estimate(table: np.ndarray, exact: bool = False) -> Estimate:
         table, items = table[:, :1], 1
     if seeds == 1 and items == 1:
         return Estimate(mean)
-    variance, freedom = _variance(table)
-    if variance <= 1e-24 * max(1.0, mean * mean):
+    if np.ptp(table) <= 1e-12 * max(1.0, abs(mean)):
         return Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0, 0.0)
+    half, p, power = _one_way(table.ravel()) if 1 in (seeds, items) else _two_way(table)
+    return Estimate(mean, mean - half, mean + half, p, half + power)
+
+
+def _one_way(values: np.ndarray) -> tuple[float, float, float]:
+    """Student's t: half of the interval, probability if the mean were zero, and what more is needed to be seen four times in five."""
     from scipy.stats import t
 
-    half, error = float(t.ppf(0.5 + LEVEL / 2, freedom)), math.sqrt(variance)
-    p = float(2 * t.sf(abs(mean) / error, freedom))
-    return Estimate(mean, mean - half * error, mean + half * error, p, (half + float(t.ppf(0.8, freedom))) * error)
+    freedom, error = len(values) - 1, float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(t.ppf(0.5 + LEVEL / 2, freedom)) * error, float(2 * t.sf(abs(values.mean()) / error, freedom)), float(t.ppf(POWER, freedom)) * error
 
 
-def _variance(table: np.ndarray) -> tuple[float, float]:
-    """Variance of the grand mean, and its degrees of freedom."""
+def _two_way(table: np.ndarray) -> tuple[float, float, float]:
+    """The same for two crossed effects: the mean is normal given its standard error, which is drawn as the mean squares would be."""
+    from scipy.optimize import brentq
+    from scipy.special import ndtr
+
     seeds, items = table.shape
-    if items == 1 or seeds == 1:
-        values = table.ravel()
-        return float(values.var(ddof=1) / len(values)), len(values) - 1
     mean, by_seed, by_item = table.mean(), table.mean(1), table.mean(0)
-    square_seed = items * float(((by_seed - mean) ** 2).sum()) / (seeds - 1)
-    square_item = seeds * float(((by_item - mean) ** 2).sum()) / (items - 1)
     rest = table - by_seed[:, None] - by_item[None, :] + mean
-    freedom_rest = (seeds - 1) * (items - 1)
-    square_rest = float((rest**2).sum()) / freedom_rest
-    total = square_seed + square_item - square_rest
-    larger = max(square_seed, square_item)
-    if total <= larger:  # an effect that was estimated as negative: take it as absent, and claim no more
-        return larger / (seeds * items), float(seeds - 1 if square_seed >= square_item else items - 1)
-    bottom = square_seed**2 / (seeds - 1) + square_item**2 / (items - 1) + square_rest**2 / freedom_rest
-    return total / (seeds * items), max(1.0, total**2 / bottom) if bottom else float(items - 1)
+    squares = items * float(((by_seed - mean) ** 2).sum()), seeds * float(((by_item - mean) ** 2).sum()), float((rest**2).sum())
+    seed, item, cell = (square / draw for square, draw in zip(squares, _chi_squares(seeds, items), strict=True))
+    errors = np.sqrt(np.maximum(seed + item - cell, cell) / (seeds * items))
+    most = 100 * float(errors.max())
+    half = float(brentq(lambda h: 2 * ndtr(-h / errors).mean() - (1 - LEVEL), 0.0, most))
+    return half, float(2 * ndtr(-abs(mean) / errors).mean()), float(brentq(lambda h: ndtr(h / errors).mean() - POWER, 0.0, most))
+
+
+@functools.cache
+def _chi_squares(seeds: int, items: int) -> tuple[np.ndarray, ...]:
+    """Fixed draws for the sums of squares of seeds, items and the rest."""
+    draw = np.random.default_rng(0)
+    return tuple(draw.chisquare(freedom, DRAWS) for freedom in (seeds - 1, items - 1, (seeds - 1) * (items - 1)))
 
 
 def stacked(by_seed: Sequence[Measurement]) -> np.ndarray:

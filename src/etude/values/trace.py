@@ -92,9 +92,10 @@ def stacks(network: nn.Module) -> list[str]:
 def trace(network: PreTrainedModel) -> dict[str, list[Parts]]:
     """Parts of every block of every stack.  Cost: one forward pass over a few tokens, and a backward pass through attention a head."""
     recorder = _Recorder(network)
-    with torch.enable_grad(), recorder:
-        _forward(network)
-    return {stack: [recorder.parts(f"{stack}.{index}") for index in range(len(network.get_submodule(stack)))] for stack in recorder.stacks}  # type: ignore[arg-type]
+    with torch.enable_grad():
+        with recorder:
+            _forward(network)
+        return {stack: [recorder.parts(f"{stack}.{index}") for index in range(len(network.get_submodule(stack)))] for stack in recorder.stacks}  # type: ignore[arg-type]
 
 
 def _forward(network: PreTrainedModel) -> None:

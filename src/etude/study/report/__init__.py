@@ -43,7 +43,7 @@ class _Report:
     def view(self) -> dict[str, Any]:
         """Everything that the template shows."""
         main, further = [column for column in self.columns if column["main"]], [column for column in self.columns if not column["main"]]
-        steps = list(self.resolved.get("steps") or {})
+        steps = [step for step in self.resolved.get("steps") or {} if any(node.get("of") == step for name in self.values for node in self.named.get(name, []))]
         return {
             "results": self.results,
             "expectations": [{**one, "mark": VERDICTS.get(one["verdict"], "?")} for one in self.results.get("expectations") or []],
@@ -56,7 +56,8 @@ class _Report:
             "by_seed": list(self._by_seed()),
             "costs": self._costs(),
             "graph": plots.graph(self.resolved, {step: len({node["name"] for node in self.nodes if node.get("of") == step}) for step in self.resolved.get("steps") or {}}),
-            "plain": plain,
+            "key": self._numbers(),
+            "named": plots.broken,
         }
 
     def _asked(self, references: list[str]) -> list[str]:
@@ -105,7 +106,13 @@ class _Report:
         if row is None:
             return {"empty": "missing" if name in self.asked.get(column["measure"], []) else "not asked"}
         estimate, difference = row["estimate"], row.get("difference")
-        cell = {"best": finite(estimate["value"]) == column["best"] is not None, "reference": name == column["reference"], **_written(estimate, row["unit"], row["exact"]), "difference": None, "note": ""}
+        cell = {
+            "best": finite(estimate["value"]) == column["best"] is not None,
+            "reference": name == column["reference"],
+            **_written(estimate, row["unit"], row["exact"]),
+            "difference": None,
+            "note": "",
+        }
         if difference:
             mark = judged(difference, row["better"], row["exact"])
             return {**cell, "difference": {**_written(difference, row["unit"], row["exact"], sign=True), "mark": mark, "kind": mark.split()[0], "survives": self._survives(row)}}
@@ -134,6 +141,11 @@ class _Report:
             "survive": [row["of"] for one, row in self.compared if one is column and self._survives(row)],
         }
 
+    def _numbers(self) -> dict[str, str]:
+        """A number for every value, where their labels are too long or too many to stand beside points; else nothing."""
+        labels = [", ".join((self.named.get(name) or [{}])[0].get("axes", {}).values()) for name in self.values]
+        return {name: str(place) for place, name in enumerate(self.values, 1)} if len(labels) > 12 or any(len(label) > 16 for label in labels) else {}
+
     def _point(self, column: dict[str, Any], name: str, x: float = 0.0) -> Point | None:
         row, node = column["rows"].get(name), (self.named.get(name) or [{}])[0]
         y = finite(row["estimate"]["value"]) if row else None
@@ -141,7 +153,7 @@ class _Report:
             return None
         seeds = tuple(value for one in row["by_seed"] if row["seeds_matter"] and (value := finite(one["value"])) is not None)
         step = "given" if node.get("kind") == "given" else node.get("of") or name
-        return Point(name, ", ".join((node.get("axes") or {}).values()) or name, step, x, y, finite(row["estimate"]["low"]), finite(row["estimate"]["high"]), seeds)
+        return Point(name, self._numbers().get(name) or ", ".join((node.get("axes") or {}).values()) or name, step, x, y, finite(row["estimate"]["low"]), finite(row["estimate"]["high"]), seeds)
 
     def _charts(self, column: dict[str, Any], steps: list[str]) -> list[dict[str, Any]]:
         """The first measure against size, and against speed or what was spent, whichever says more."""
@@ -203,7 +215,9 @@ def _columns(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:
         words = title.replace("_", " ")
         column = {"measure": measure, "part": part, "main": main, "title": words, "unit": row["unit"], "better": row["better"], "exact": row["exact"], "rows": {}}
         unit = row["unit"] if row["unit"] not in ("", words) else ""
-        found.setdefault((measure, part), {**column, "shown": unit, "label": f"{words} ({unit})" if unit else words, "note": measure if not main else part if part != measure else ""})["rows"][row["of"]] = row
+        found.setdefault((measure, part), {**column, "shown": unit, "label": f"{words} ({unit})" if unit else words, "note": measure if not main else part if part != measure else ""})["rows"][
+            row["of"]
+        ] = row
     for column in found.values():
         known = [value for row in column["rows"].values() if (value := finite(row["estimate"]["value"])) is not None]
         column["best"] = (min if column["better"] == "lower" else max)(known) if len(known) > 1 else None

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup, escape
+
 INK, SOFT, LINE = "var(--ink)", "var(--soft)", "var(--line)"
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")
 FONT = "system-ui, sans-serif"
-WIDTH, HEIGHT, LETTER = 330, 250, 7.0
+WIDTH, HEIGHT, LETTER = 330, 250, 7.4
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -69,6 +71,11 @@ def plain(value: Any, unit: str = "") -> str:
     """One number by itself, to four digits."""
     number = finite(value)
     return Scale.of([number], unit, exact=True).write(number)
+
+
+def broken(name: str) -> Markup:
+    """A name that may break across lines where its parts meet."""
+    return Markup(str(escape(name)).replace("[", "<wbr>[").replace(",", ",<wbr>").replace("=", "=<wbr>"))
 
 
 def duration(seconds: float) -> str:
@@ -157,12 +164,14 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, steps: Sequence
     y = altair.Y("y:Q", scale=up.encoded(), axis=up.axis(y_title, titleAngle=0, titleAlign="left", titleAnchor="end", titleX=-44, titleY=-12, minExtent=44))
     frame = altair.Chart(altair.Data(values=[point.row for point in points])).mark_point(opacity=0).encode(x=x, y=y)
     pixel_x, pixel_y = altair.X("px:Q", scale=None), altair.Y("py:Q", scale=None)
-    drawn = altair.Chart(altair.Data(values=[{"px": left, "py": middle, "py2": bottom, "top": top, "step": point.step} for point, left, (middle, top, bottom) in zip(points, lefts, heights, strict=True)]))
+    drawn = altair.Chart(
+        altair.Data(values=[{"px": left, "py": middle, "py2": bottom, "top": top, "step": point.step} for point, left, (middle, top, bottom) in zip(points, lefts, heights, strict=True)])
+    )
     bars = drawn.mark_rule(strokeWidth=1.5, opacity=0.6).encode(x=pixel_x, y=altair.Y("top:Q", scale=None), y2="py2:Q", color=_colours(points, steps))
     marks = drawn.mark_point(filled=True, size=70, opacity=1).encode(x=pixel_x, y=pixel_y, color=_colours(points, steps), shape=_shapes(points, steps))
     texts = [{"px": place[0], "py": place[1], "side": place[2], "text": point.label} for point, place in zip(points, places, strict=True)]
     names = [
-        altair.Chart(altair.Data(values=there)).mark_text(align=side, baseline="middle", fontSize=12, color=INK).encode(x=pixel_x, y=pixel_y, text="text:N")
+        altair.Chart(altair.Data(values=there)).mark_text(align=side, baseline="middle", fontSize=13, color=INK).encode(x=pixel_x, y=pixel_y, text="text:N")
         for side in ("left", "right", "center")
         if (there := [text for text in texts if text["side"] == side])
     ]
@@ -175,8 +184,8 @@ def _dodged(bars: Sequence[tuple[float, float, float]]) -> list[float]:
     """Where across (pixels) bars (x, top, bottom) stand, moved a little aside where one would cover another."""
     placed: list[tuple[float, float, float]] = []
     for x, top, bottom in bars:
-        tries = (x + side * 9 * step for step in range(len(bars) + 1) for side in ((1, -1) if step else (1,)))
-        place = next((at for at in tries if not any(abs(at - other) < 8 and top - 6 < low and high < bottom + 6 for other, high, low in placed)), x)
+        tries = (x + side * 9 * step for step in range(5) for side in ((1, -1) if step else (1,)))
+        place = next((at for at in tries if 5 < at < WIDTH - 5 and not any(abs(at - other) < 8 and top - 6 < low and high < bottom + 6 for other, high, low in placed)), x)
         placed.append((place, top, bottom))
     return [place for place, *_ in placed]
 
@@ -197,15 +206,15 @@ def dots(points: Sequence[Point], title: str, steps: Sequence[str], reference: s
         base.mark_rule(strokeWidth=2, yOffset=offset).encode(x=altair.X("low:Q", scale=span.encoded()), x2="high:Q", y=y, color=_colours(points, steps)),
         seeds.mark_point(filled=True, size=55, opacity=0.35, yOffset=offset).encode(x=x, y=y, color=_colours(points, steps)) if any(point.seeds for point in points) else None,
         base.mark_point(filled=True, size=70, opacity=1, yOffset=offset).encode(x=x, y=y, color=_colours(points, steps), shape=_shapes(points, steps)),
-        base.mark_text(align="left", baseline="middle", fontSize=12, color=INK, dy=-8).encode(x=altair.value(2), y=y, text="name:N"),
+        base.mark_text(align="left", baseline="middle", fontSize=13, color=INK, dy=-8).encode(x=altair.value(2), y=y, text="name:N"),
     ]
     return _svg(altair.layer(*[layer for layer in layers if layer is not None]).properties(width=400, height=altair.Step(38)))
 
 
 def _range(points: Sequence[Point], steps: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Steps in the chart, and which colour and shape each has in every chart of the report."""
+    """Steps in the chart, and their places among all that are measured, which give each its colour and shape in every chart; 0 is what was given."""
     shown = list(dict.fromkeys(point.step for point in points))
-    return shown, [1 + list(steps).index(step) % (len(SHAPES) - 1) if step in steps else 0 for step in shown]
+    return shown, [1 + list(steps).index(step) if step in steps else 0 for step in shown]
 
 
 def _legend() -> Any:
@@ -218,22 +227,22 @@ def _colours(points: Sequence[Point], steps: Sequence[str]) -> Any:
     import altair
 
     shown, places = _range(points, steps)
-    return altair.Color("step:N", sort=shown, scale=altair.Scale(domain=shown, range=[f"var(--s{place})" for place in places]), legend=_legend())
+    return altair.Color("step:N", sort=shown, scale=altair.Scale(domain=shown, range=[f"var(--s{1 + (place - 1) % 5 if place else 0})" for place in places]), legend=_legend())
 
 
 def _shapes(points: Sequence[Point], steps: Sequence[str]) -> Any:
     import altair
 
     shown, places = _range(points, steps)
-    return altair.Shape("step:N", sort=shown, scale=altair.Scale(domain=shown, range=[SHAPES[place] for place in places]), legend=_legend())
+    return altair.Shape("step:N", sort=shown, scale=altair.Scale(domain=shown, range=[SHAPES[place % len(SHAPES)] for place in places]), legend=_legend())
 
 
 def _svg(chart: Any, legend_offset: int = 12) -> str:
     """A chart as SVG that scales with the page and takes its colours."""
     import vl_convert
 
-    axis = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": LINE, "domainColor": SOFT, "tickColor": SOFT}
-    chart = chart.configure(background="transparent", font=FONT, padding=4).configure_view(stroke=None).configure_axis(**axis).configure_legend(labelColor=INK, labelFontSize=12, offset=legend_offset)
+    axis = {"labelColor": INK, "titleColor": INK, "labelFontSize": 13, "titleFontSize": 13, "titleFontWeight": "normal", "gridColor": LINE, "domainColor": SOFT, "tickColor": SOFT}
+    chart = chart.configure(background="transparent", font=FONT, padding=4).configure_view(stroke=None).configure_axis(**axis).configure_legend(labelColor=INK, labelFontSize=13, offset=legend_offset)
     svg = str(vl_convert.vegalite_to_svg(chart.to_dict()))
     head, body = svg.split(">", 1)
     view = re.search(r'viewBox="([^"]+)"', head)
@@ -278,7 +287,8 @@ def graph(resolved: dict[str, Any], variants: dict[str, int]) -> dict[str, Any] 
         return None
     depth = max(box["layer"] for box in boxes.values())
     lanes = {(source, layer) for source, target in edges for layer in range(boxes[source]["layer"] + 1, boxes[target]["layer"])}
-    heights = {**{key: BOX_LINE * (1 + len(box["lines"])) + 16 for key, box in boxes.items()}, **{lane: LANE for lane in lanes}}
+    heights: dict[Any, float] = dict.fromkeys(lanes, LANE)
+    heights |= {key: BOX_LINE * (1 + len(box["lines"])) + 16 for key, box in boxes.items()}
     middle: dict[Any, float] = {}
 
     def before(key: Any) -> list[Any]:
@@ -305,7 +315,9 @@ def graph(resolved: dict[str, Any], variants: dict[str, int]) -> dict[str, Any] 
         for place, source in enumerate(sources):
             y = middle[key] + (place - (len(sources) - 1) / 2) * min(14, heights[key] / max(1, len(sources)))
             bend, start, end = GAP / 2, left[source] + COLUMN, left[key] - (0 if key in lanes else 3)
-            paths.append({"d": f"M{start} {middle[source]:.1f}C{start + bend} {middle[source]:.1f} {end - bend} {y:.1f} {end} {y:.1f}" + (f"h{COLUMN}" if key in lanes else ""), "head": key not in lanes})
+            paths.append(
+                {"d": f"M{start} {middle[source]:.1f}C{start + bend} {middle[source]:.1f} {end - bend} {y:.1f} {end} {y:.1f}" + (f"h{COLUMN}" if key in lanes else ""), "head": key not in lanes}
+            )
     drawn = [{**box, "x": left[key], "y": round(middle[key] - heights[key] / 2, 1), "height": heights[key]} for key, box in boxes.items()]
     return {"boxes": drawn, "paths": paths, "width": 4 + depth * (COLUMN + GAP) + COLUMN, "height": round(max(middle[key] + heights[key] / 2 for key in middle) + 2, 1), "box": COLUMN}
 

@@ -1,0 +1,148 @@
+"""What every discovered method must do, whichever it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import etude
+from etude.engine.budget import Budget
+from etude.method import discover, dotted_name, find, interface, names
+from etude.study.source import code_digest
+from etude.values import checkpoint
+from etude.values.corpus import Corpus
+from etude.values.digest import canonical, digest
+from etude.values.measurement import Measurement
+from etude.values.model import Model
+
+ROOMS = {(room, name): cls for room in ("methods", "measures", "worlds") for name, cls in discover(room).items()}
+IDS = [name for _, name in ROOMS]
+CLASSES = list(ROOMS.values())
+SMALL = {"tokens": 256, "length": 64, "batch_tokens": 256, "window": 64, "stride": 63, "rounds": 2, "prompt": 16, "new": 2, "vocabulary": 300, "hidden_size": 32, "blocks": 2, "heads": 4, "intermediate_size": 48}
+"""Fields that only decide how much is computed, made small; shares and rates keep their defaults."""
+
+
+def quick(cls):
+    """The method with its defaults, but little to do."""
+    fields = {field.name: field.default for field in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in SMALL.items() if type(fields.get(name)) in (int, type(None)) and name in fields})
+
+
+def inputs(cls, tiny):
+    """Every input that a method may take, of its kind."""
+    kinds = {Model: lambda: Model.load(tiny / "base"), Corpus: lambda: Corpus.read(tiny / "text.jsonl")}
+    face = interface(cls)
+    found = {slot.name: [kinds[slot.kind]()] if slot.many else kinds[slot.kind]() for slot in face.inputs}
+    if face.seeded:
+        found["seed"] = 3
+    if face.budgeted:
+        found["budget"] = Budget(2, "steps")
+    return found
+
+
+def content(value) -> str:
+    if isinstance(value, tuple):
+        return digest([content(item) for item in value])
+    if isinstance(value, Measurement):
+        return digest(value.as_data())
+    if isinstance(value, Model):
+        return digest(checkpoint.digest_state(value.network), [repr(edit) for edit in value.edits])
+    return value.digest
+
+
+def clocked(cls) -> bool:
+    """Whether a method measures time, and so never gives the same number twice."""
+    return dotted_name(cls) == "throughput"
+
+
+def test_something_is_discovered():
+    assert {"compress.sleb", "compress.flap", "compress.wanda", "compress.magnitude", "compress.drop_blocks", "adapt.lora", "pretrain.causal_lm"} <= discover("methods").keys()
+    assert {"perplexity", "throughput", "size"} <= discover("measures").keys()
+    assert {"stdlib", "testbed"} <= discover("worlds").keys()
+    assert all(set(names(room)) == discover(room).keys() for room in ("methods", "measures", "worlds"))
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=IDS)
+def test_it_constructs_with_defaults_and_cannot_change(cls):
+    method = cls()
+    assert method == cls()
+    for field in dataclasses.fields(cls):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(method, field.name, None)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=IDS)
+def test_its_digest_is_stable_and_follows_every_field(cls):
+    assert canonical(cls()) == canonical(cls(**{field.name: field.default for field in dataclasses.fields(cls)}))
+    assert len(code_digest(cls.__module__)) == 40
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=IDS)
+def test_everything_is_documented(cls):
+    face = interface(cls)
+    assert cls.__doc__
+    assert face.summary.endswith((".", ":", ")"))
+    assert "Cost" in face.documentation or not face.inputs or face.output is Measurement
+    for parameter in face.parameters:
+        assert parameter.documentation, f"{face.name}: {parameter.name} has no line beneath it"
+    assert face.cls.paper is None or isinstance(face.cls.paper, str)
+    json.dumps(face.as_data())
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=IDS)
+def test_its_file_is_named_after_it(cls):
+    assert cls.__module__.rpartition(".")[2].replace("_", "") == cls.__name__.lower()
+
+
+@pytest.mark.parametrize("cls", [cls for cls in CLASSES if interface(cls).inputs], ids=[name for (_, name), cls in ROOMS.items() if interface(cls).inputs])
+def test_it_leaves_inputs_alone_repeats_itself_and_survives_saving(cls, tiny, tmp_path):
+    given = inputs(cls, tiny)
+    flat = [item for value in given.values() for item in (value if isinstance(value, list) else [value]) if isinstance(item, (Model, Corpus))]
+    before = [content(item) for item in flat]
+    method = quick(cls)
+    made = method(**given)
+    assert [content(item) for item in flat] == before, "an input was changed"
+    assert all(not parameter.is_meta for item in flat if isinstance(item, Model) for parameter in item.network.parameters())
+    if not clocked(cls):
+        torch.manual_seed(12345)  # the global state of the random numbers must not matter
+        assert content(method(**inputs(cls, tiny))) == content(made), "the same seed gave other bits"
+    for place, item in enumerate(made if isinstance(made, tuple) else (made,)):
+        item.save(tmp_path / str(place))
+        assert content(type(item).load(tmp_path / str(place))) == content(item), "what was loaded is not what was saved"
+        if isinstance(item, Model):
+            assert item.frozen
+
+
+@pytest.mark.parametrize("name", ["compress.drop_blocks", "pretrain.causal_lm", "adapt.lora", "pretrain.initialize"])
+def test_another_seed_gives_another_result(name, tiny):
+    cls = find("methods", name)
+    method = cls(choose="random", blocks=0.34) if name == "compress.drop_blocks" else quick(cls)
+    found = {content(method(**{**inputs(cls, tiny), "seed": seed})) for seed in range(6)}
+    assert len(found) > 1
+
+
+def test_a_wrong_kind_of_input_is_refused(tiny):
+    from etude.methods.compress.magnitude import Magnitude
+
+    with pytest.raises(TypeError, match="takes a Model as model, got Corpus"):
+        Magnitude()(Corpus(["a"]))
+
+
+def test_every_module_can_be_imported():
+    for info in pkgutil.walk_packages(etude.__path__, "etude."):
+        if not info.name.endswith("__main__"):
+            importlib.import_module(info.name)
+
+
+def test_help_imports_nothing_heavy():
+    script = "import sys; sys.argv = ['etude', '--help']\ntry:\n    from etude.cli import main; main()\nexcept SystemExit: pass\nprint(sorted({'torch', 'transformers', 'pyarrow', 'pydantic', 'numpy', 'scipy'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "run" in done.stdout
