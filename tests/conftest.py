@@ -15,7 +15,7 @@ def one_thread_a_worker():
     torch.set_num_threads(1)
 
 
-WORDS = "the a of in on under over river stone house tree bird sings runs falls quickly slowly old new red green blue and but then".split()
+WORDS = ["the", "a", "of", "in", "on", "under", "over", "river", "stone", "house", "tree", "bird", "sings", "runs", "falls", "quickly", "slowly", "old", "new", "red", "green", "blue"]
 
 STUDY = """\
 study: tiny

@@ -25,7 +25,21 @@ from etude.values.model import Model
 ROOMS = {(room, name): cls for room in ("methods", "measures", "worlds") for name, cls in discover(room).items()}
 IDS = [name for _, name in ROOMS]
 CLASSES = list(ROOMS.values())
-SMALL = {"tokens": 256, "length": 64, "batch_tokens": 256, "window": 64, "stride": 63, "rounds": 2, "prompt": 16, "new": 2, "vocabulary": 300, "hidden_size": 32, "blocks": 2, "heads": 4, "intermediate_size": 48}
+SMALL = {
+    "tokens": 256,
+    "length": 64,
+    "batch_tokens": 256,
+    "window": 64,
+    "stride": 63,
+    "rounds": 2,
+    "prompt": 16,
+    "new": 2,
+    "vocabulary": 300,
+    "hidden_size": 32,
+    "blocks": 2,
+    "heads": 4,
+    "intermediate_size": 48,
+}
 """Fields that only decide how much is computed, made small; shares and rates keep their defaults."""
 
 
@@ -142,7 +156,16 @@ def test_every_module_can_be_imported():
 
 
 def test_help_imports_nothing_heavy():
-    script = "import sys; sys.argv = ['etude', '--help']\ntry:\n    from etude.cli import main; main()\nexcept SystemExit: pass\nprint(sorted({'torch', 'transformers', 'pyarrow', 'pydantic', 'numpy', 'scipy'} & set(sys.modules)), file=sys.stderr)"
+    script = """
+import sys
+sys.argv = ["etude", "--help"]
+try:
+    from etude.cli import main
+    main()
+except SystemExit:
+    pass
+print(sorted({"torch", "transformers", "pyarrow", "pydantic", "numpy", "scipy"} & set(sys.modules)), file=sys.stderr)
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
     assert "run" in done.stdout

@@ -12,7 +12,7 @@ import pytest
 
 from etude.study import compare
 from etude.study.report import judged, render
-from etude.study.report.plots import Scale, Span, duration, plain
+from etude.study.report.plots import Scale, Span, duration, graph, plain
 from etude.values.measurement import HIGHER, Measurement
 
 SEEDS = (0, 1, 2)
@@ -357,3 +357,24 @@ def test_a_span_far_apart_is_logarithmic():
     assert far.share(100) == pytest.approx(0.5)
     assert not Span.over([-1, 10_000]).logarithmic
     assert Span.over([3, 3]).low < 3 < Span.over([3, 3]).high
+
+
+def test_long_labels_become_numbers_with_a_key():
+    results = sample()
+    for one in results["nodes"]:
+        if one["axes"].get("pruned") == "sleb":
+            one["axes"] = {"pruned": "sparsity=0.5,structure=unstructured"}
+    page = render(results)
+    assert "<li>2 pruned<wbr>[sleb]</li>" in page
+    assert '<ul class="key">' not in render(without(results, "pruned[sleb]", "healed[sleb]") | {"resolved": {}})
+
+
+def test_every_edge_of_the_graph_has_an_arrow():
+    """Base and text to pruned, pruned and text to healed; four to perplexity, two each to throughput and size."""
+    drawn = graph(sample()["resolved"], {"healed": 3})
+    assert drawn is not None
+    assert sum(path["head"] for path in drawn["paths"]) == 2 + 2 + 4 + 2 + 2
+    spots = [(box["x"], box["y"], box["y"] + box["height"]) for box in drawn["boxes"]]
+    assert all(a[0] != b[0] or a[2] < b[1] or b[2] < a[1] for i, a in enumerate(spots) for b in spots[:i])
+    assert {box["title"]: box["x"] for box in drawn["boxes"]}["healed"] > {box["title"]: box["x"] for box in drawn["boxes"]}["pruned"]
+    assert "3 variants" in [line["full"] for box in drawn["boxes"] for line in box["lines"]]

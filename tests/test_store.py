@@ -22,7 +22,8 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "depth-pruning.yaml"
 LITTLE = [
     "--set", "base=./base", "--set", "given.text={corpus: ./text.jsonl}", "--set", "given.heldout={corpus: ./heldout.jsonl}",
     "--set", "pruned.sleb.tokens=256", "--set", "pruned.sleb.length=64", "--set", "healed.budget=1 steps", "--set", "healed.length=64", "--set", "healed.batch_tokens=128",
-    "--set", "measure.perplexity.window=64", "--set", "measure.perplexity.stride=63", "--set", "measure.throughput.rounds=2", "--set", "measure.throughput.prompt=16", "--set", "measure.throughput.new=2",
+    "--set", "measure.perplexity.window=64", "--set", "measure.perplexity.stride=63",
+    "--set", "measure.throughput.rounds=2", "--set", "measure.throughput.prompt=16", "--set", "measure.throughput.new=2",
 ]  # fmt: skip
 """The example with as little to compute as will do: the same graph, the same writes."""
 
@@ -44,7 +45,7 @@ def test_an_object_is_there_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         store.put("b" * 40, breaks, {"kind": "corpus"})
     assert not store.has("b" * 40)
-    assert store.keys() == ["a" * 40]
+    assert store.digests() == ["a" * 40]
     assert list(store.aside.iterdir()) == []
 
 
@@ -113,7 +114,9 @@ def _study(folder: str, store: str, out: str, arguments: list[str]) -> None:
 def server():
     """Processes that are forked from one in which torch and the rest are loaded already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["etude.cli", "etude.study.plan", "etude.study.run", "etude.study.results", "torch", "peft", "transformers.models.llama.modeling_llama", "scipy.stats", "altair", "vl_convert"])
+    context.set_forkserver_preload(
+        ["etude.cli", "etude.study.plan", "etude.study.run", "etude.study.results", "torch", "peft", "transformers.models.llama.modeling_llama", "scipy.stats", "altair", "vl_convert"]
+    )
     return context
 
 
@@ -158,11 +161,11 @@ def test_killed_at_twenty_random_moments_it_loses_nothing(server, tiny, tmp_path
         if not store.exists():
             continue
         opened = Store.open(store)
-        assert all(opened.verify(key) == [] for key in opened.keys())
-        finished = {key: opened.record(key)["finished"] for key in opened.keys()}
+        assert all(opened.verify(key) == [] for key in opened.digests())
+        finished = {key: opened.record(key)["finished"] for key in opened.digests()}
         stamps = {key: (opened.path(key) / "record.json").stat().st_mtime_ns for key in finished}
         assert finish(start(server, tiny, store, out)) in (0, 1)
-        assert all(opened.verify(key) == [] for key in opened.keys())
+        assert all(opened.verify(key) == [] for key in opened.digests())
         assert {key: (opened.path(key) / "record.json").stat().st_mtime_ns for key in finished} == stamps, "a finished step was repeated"
         assert without_clocks(json.loads((out / "results.json").read_text())) == wanted
         shutil.rmtree(store)  # the next moment falls into a run from the beginning
@@ -180,7 +183,7 @@ def test_two_runs_at_once_compute_every_object_once(server, tiny, tmp_path):
     assert first == second  # clocks too: they read the same records
     assert without_clocks(first) == wanted
     store = Store.open(tmp_path / "store")
-    assert all(store.verify(key) == [] for key in store.keys())
+    assert all(store.verify(key) == [] for key in store.digests())
 
 
 def test_the_same_again_is_quick(tiny, tmp_path):
@@ -188,7 +191,16 @@ def test_the_same_again_is_quick(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "work")
     arguments = [sys.executable, "-m", "etude", "run", str(EXAMPLE), *LITTLE]
     subprocess.run(arguments, cwd=tmp_path / "work", capture_output=True, check=False)
-    script = "import sys; sys.argv = ['etude', *sys.argv[1:]]\ntry:\n    from etude.cli import main; main()\nexcept SystemExit: pass\nprint([name for name in sys.modules if name.startswith('transformers.models.llama')], file=sys.stderr)"
+    script = """
+import sys
+sys.argv = ["etude", *sys.argv[1:]]
+try:
+    from etude.cli import main
+    main()
+except SystemExit:
+    pass
+print([name for name in sys.modules if name.startswith("transformers.models.llama")], file=sys.stderr)
+"""
     done = subprocess.run([sys.executable, "-c", script, *arguments[3:]], cwd=tmp_path / "work", capture_output=True, text=True, check=False)
     assert "0 computed" in done.stdout
     assert done.stderr.strip().endswith("[]"), done.stderr

@@ -64,7 +64,12 @@ def test_grid_and_zip():
         recipe = f"study: s\ngiven: {{base: {{model: ./base}}}}\nsteps:\n  a:\n    inputs: {{model: base}}\n    try: {{{fan}}}\n"
         return list(Study.parse(recipe).steps["a"].variants)
 
-    assert labels("grid: {compress.drop_blocks: {blocks: [0.2, 0.4], choose: [first, last]}}") == ["blocks=0.2,choose=first", "blocks=0.2,choose=last", "blocks=0.4,choose=first", "blocks=0.4,choose=last"]
+    assert labels("grid: {compress.drop_blocks: {blocks: [0.2, 0.4], choose: [first, last]}}") == [
+        "blocks=0.2,choose=first",
+        "blocks=0.2,choose=last",
+        "blocks=0.4,choose=first",
+        "blocks=0.4,choose=last",
+    ]
     assert labels("zip: {compress.drop_blocks: {blocks: [0.2, 0.4], choose: [first, last]}}") == ["blocks=0.2,choose=first", "blocks=0.4,choose=last"]
     with pytest.raises(InputError, match="one length"):
         labels("zip: {compress.drop_blocks: {blocks: [0.2, 0.4], choose: [first]}}")
@@ -224,7 +229,11 @@ def test_editing_a_method_runs_its_steps_again_and_nothing_else(workplace, tmp_p
     assert computed() == set()
     file = package / "methods" / "compress" / "sleb.py"
     source = file.read_text()
-    file.write_text(source.replace('"""Greedy depth pruning', '"""Greedy pruning of depth').replace("        losses = []", "        # a comment\n        losses = []").replace("Calibration tokens.", "Tokens to calibrate on."))
+    file.write_text(
+        source.replace('"""Greedy depth pruning', '"""Greedy pruning of depth')
+        .replace("        losses = []", "        # a comment\n        losses = []")
+        .replace("Calibration tokens.", "Tokens to calibrate on.")
+    )
     assert file.read_text() != source
     assert computed() == set()
     file.write_text(source.replace("pruned = model.copy()", "pruned = model.copy().copy()"))

@@ -34,7 +34,9 @@ store_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look 
 app.add_typer(store_app, name="store")
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="The study, a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change something in the study: `base=./my-model`, `pruned.sleb.blocks=0.5`, `healed.budget='1M tokens'`. Repeatable.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change something in the study: `base=./my-model`, `pruned.sleb.blocks=0.5`, `healed.budget='1M tokens'`. Repeatable.")
+]
 Seeds = Annotated[int | None, typer.Option(min=1, help="Number of seeds, in place of the study's.")]
 StoreAt = Annotated[Path | None, typer.Option("--store", metavar="FOLDER", help="Where computed values are kept.  [default: $ETUDE_STORE, else .etude]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print data, for programs.")]
@@ -116,7 +118,11 @@ def plan(study: StudyFile, set_: Overrides = None, seeds: Seeds = None, store: S
     )
     left = [row for row in rows if row["state"] == "to compute"]
     known = [row["seconds"] for row in left if row["seconds"] is not None]
-    typer.echo(f"\n{len(left)} to compute" + (f", about {_duration(sum(known))} for the {len(known)} whose like ran before" if known else "") + f"; models up to {max((row['bytes'] for row in rows), default=0) / 1e6:.0f} MB of weights")
+    typer.echo(
+        f"\n{len(left)} to compute"
+        + (f", about {_duration(sum(known))} for the {len(known)} whose like ran before" if known else "")
+        + f"; models up to {max((row['bytes'] for row in rows), default=0) / 1e6:.0f} MB of weights"
+    )
 
 
 @app.command()
@@ -159,7 +165,10 @@ def show(name: Annotated[str, typer.Argument(metavar="METHOD", help="A method or
 
 
 @app.command()
-def report(results: Annotated[Path, typer.Argument(help="A results.json, or the folder that holds one.")], out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write it.  [default: report.html beside the results]")] = None) -> None:
+def report(
+    results: Annotated[Path, typer.Argument(help="A results.json, or the folder that holds one.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write it.  [default: report.html beside the results]")] = None,
+) -> None:
     """Write the report of earlier results anew."""
     from etude.study.report import render
     from etude.study.results import SCHEMA
@@ -227,14 +236,27 @@ def store_ls(store: StoreAt = None, as_json: AsJson = False) -> None:
     """List what the store holds: when it was made, by what, how large it is."""
     place = _store(store)
     rows = []
-    for key in place.keys():
+    for key in place.digests():
         record = place.record(key)
-        rows.append({"digest": key, "kind": record["kind"], "method": record["method"], "name": record["name"], "finished": record["finished"], "seconds": record["cost"]["seconds"], "bytes": sum(file["bytes"] for file in record["files"].values())})
+        rows.append(
+            {
+                "digest": key,
+                "kind": record["kind"],
+                "method": record["method"],
+                "name": record["name"],
+                "finished": record["finished"],
+                "seconds": record["cost"]["seconds"],
+                "bytes": sum(file["bytes"] for file in record["files"].values()),
+            }
+        )
     rows.sort(key=lambda row: row["finished"])
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    _print_table(["digest", "finished", "kind", "method", "name", "seconds", "MB"], [[r["digest"][:12], r["finished"], r["kind"], r["method"], r["name"], f"{r['seconds']:.1f}", f"{r['bytes'] / 1e6:.1f}"] for r in rows])
+    _print_table(
+        ["digest", "finished", "kind", "method", "name", "seconds", "MB"],
+        [[r["digest"][:12], r["finished"], r["kind"], r["method"], r["name"], f"{r['seconds']:.1f}", f"{r['bytes'] / 1e6:.1f}"] for r in rows],
+    )
     typer.echo(f"\n{len(rows)} objects, {sum(row['bytes'] for row in rows) / 1e6:,.1f} MB in {place.root}")
 
 
@@ -242,17 +264,21 @@ def store_ls(store: StoreAt = None, as_json: AsJson = False) -> None:
 def store_verify(store: StoreAt = None) -> None:
     """Read every object again and compare it with its record; exits 3 if anything is not what was written."""
     place = _store(store)
-    wrong = {key: problems for key in place.keys() if (problems := place.verify(key))}
+    wrong = {key: problems for key in place.digests() if (problems := place.verify(key))}
     for key, problems in wrong.items():
         for problem in problems:
             typer.secho(f"{key}: {problem}", fg="red", err=True)
-    typer.echo(f"{len(place.keys())} objects, {len(wrong)} of them broken" + ("; remove their folders and run the study again" if wrong else ""))
+    typer.echo(f"{len(place.digests())} objects, {len(wrong)} of them broken" + ("; remove their folders and run the study again" if wrong else ""))
     if wrong:
         raise typer.Exit(FAILED)
 
 
 @store_app.command("gc")
-def store_gc(store: StoreAt = None, forget: Annotated[list[str] | None, typer.Option(metavar="STUDY", help="Let go of what only this study needs. Repeatable.")] = None, dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False) -> None:
+def store_gc(
+    store: StoreAt = None,
+    forget: Annotated[list[str] | None, typer.Option(metavar="STUDY", help="Let go of what only this study needs. Repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
+) -> None:
     """Delete what no study needs any more: objects of edited methods, leftovers of interrupted writes."""
     place = _store(store)
     import shutil
@@ -296,11 +322,18 @@ def _live(total: int, quiet: bool) -> Iterator[Callable[[Event], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from etude.engine import progress
-    from etude.study.run import Event
 
     console = Console(stderr=True, quiet=quiet, highlight=False)
     done = 0
-    with Progress(TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False), console=console, transient=True) as bar:
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        transient=True,
+    ) as bar:
         task = bar.add_task("", total=1.0, note="", visible=False)
 
         def hear(report: progress.Progress) -> None:

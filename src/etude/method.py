@@ -129,14 +129,12 @@ class Interface:
             "output": kind_name(self.output),
             "takes_seed": self.seeded,
             "takes_budget": self.budgeted,
-            "parameters": [
-                {"name": p.name, "type": p.type, "default": list(p.default) if isinstance(p.default, tuple) else p.default, "documentation": p.documentation}
-                for p in self.parameters
-            ],
+            "parameters": [{"name": p.name, "type": p.type, "default": list(p.default) if isinstance(p.default, tuple) else p.default, "documentation": p.documentation} for p in self.parameters],
         }
 
 
 def kind_name(kind: type) -> str:
+    """The name that users write for a kind of value."""
     return next((name for name, known in VALUES.items() if known is kind), kind.__name__.lower())
 
 
@@ -233,7 +231,8 @@ def public_class(module_name: str) -> type[Method]:
 def names(room: str) -> tuple[str, ...]:
     """Names in a room without importing any of it."""
     spec = importlib.util.find_spec(f"etude.{room}")
-    assert spec is not None and spec.submodule_search_locations is not None
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
     found = [
         info.name.removeprefix("etude.").removeprefix("methods.").removeprefix(f"{room}.")
         for info in pkgutil.walk_packages(spec.submodule_search_locations, f"etude.{room}.")

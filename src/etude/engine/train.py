@@ -78,8 +78,6 @@ def next_token_loss(network: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-
-
 def scale(schedule: str, progress: float, warmup: float) -> float:
     """The learning rate's share of its peak when this share of the budget is spent.
 
@@ -142,7 +140,9 @@ def train(model: Model, documents: list[np.ndarray], recipe: Recipe, budget: Bud
     model.record(history)
 
 
-def _step(runner: nn.Module, network: PreTrainedModel, rows: Iterator[tuple[np.ndarray, ...]], count: int, recipe: Recipe, optimizers: list[torch.optim.Optimizer], trained: list[nn.Parameter], loss: Loss) -> float:
+def _step(
+    runner: nn.Module, network: PreTrainedModel, rows: Iterator[tuple[np.ndarray, ...]], count: int, recipe: Recipe, optimizers: list[torch.optim.Optimizer], trained: list[nn.Parameter], loss: Loss
+) -> float:
     """One optimizer step over `count` rows, a micro-batch at a time; returns the mean loss of a label."""
     taken = [next(rows) for _ in range(count)]
     ids, labels, positions = (torch.from_numpy(np.stack(parts)) for parts in zip(*taken, strict=True))

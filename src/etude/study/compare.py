@@ -21,7 +21,7 @@ import numpy as np
 from etude.study.expect import Expectation, Term
 from etude.values.measurement import Measurement
 
-LEVEL, POWER, DRAWS = 0.95, 0.8, 10_000
+LEVEL, POWER, DRAWS = 0.95, 0.8, 2_000
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,11 @@ import sys
 @functools.cache
 def environment() -> dict[str, str | int]:
     """Versions, processor and accelerator.  Cost: milliseconds, once."""
-    found: dict[str, str | int] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1}
+    found: dict[str, str | int] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    }
     for name in ("etude", "torch", "transformers", "tokenizers", "peft", "pyarrow", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)

@@ -17,7 +17,7 @@ def estimate(plan: Plan, store: Store) -> list[dict[str, Any]]:
     Seconds are the median of the records of the same method in this store, those with the same parameters and budget first; None if there are none.
     """
     past: dict[tuple[str, str | None], list[float]] = defaultdict(list)
-    for key in store.keys():
+    for key in store.digests():
         record = store.record(key)
         past[record["method"], record["budget"]].append(record["cost"]["seconds"])
         past[record["method"], None].append(record["cost"]["seconds"])

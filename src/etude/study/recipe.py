@@ -201,7 +201,9 @@ class _Reader:
         kinds = [kind for kind in SOURCES if kind in value]
         if len(kinds) != 1:
             stranger = next((key for key in value if key not in SOURCES), "")
-            raise InputError(f"exactly one of {', '.join(SOURCES)} says what is given, got {', '.join(value) or 'none'}", where=self.where(*path), remedy=nearest(stranger, SOURCES) if not kinds else "Keep one.")
+            raise InputError(
+                f"exactly one of {', '.join(SOURCES)} says what is given, got {', '.join(value) or 'none'}", where=self.where(*path), remedy=nearest(stranger, SOURCES) if not kinds else "Keep one."
+            )
         kind = kinds[0]
         options = {key: option for key, option in value.items() if key != kind}
         if not isinstance(value[kind], str) or not value[kind]:

@@ -120,7 +120,8 @@ class Store:
 
     # Keeping house.
 
-    def keys(self) -> list[str]:
+    def digests(self) -> list[str]:
+        """Digests of all whole objects."""
         return sorted(path.name for path in self.objects.iterdir() if (path / RECORD).exists())
 
     def verify(self, key: str) -> list[str]:

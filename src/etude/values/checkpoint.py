@@ -78,6 +78,7 @@ def content_files(folder: Path) -> list[Path]:
 
 
 def load_config(folder: Path) -> PretrainedConfig:
+    """Read a config.  Raises InputError if it is none, or of an architecture that needs remote code."""
     transformers = quiet_transformers()
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -86,6 +87,7 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Read a tokenizer.  Raises InputError if it is broken."""
     transformers = quiet_transformers()
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -104,6 +106,7 @@ def network_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def kind(config: PretrainedConfig) -> str:
+    """``causal``, ``masked``, ``seq2seq`` or ``encoder``, by the class that the config names."""
     name = network_class(config).__name__
     return next((kind for ending, kind in KINDS.items() if name.endswith(ending)), "encoder")
 
@@ -151,6 +154,7 @@ def rebuild(base: PretrainedConfig, edits: tuple[Edit, ...], dtype: torch.dtype)
 
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors."""
     from safetensors.torch import load_file
 
     state: dict[str, torch.Tensor] = {}
@@ -177,6 +181,7 @@ def shared_names(network: PreTrainedModel) -> dict[str, set[str]]:
 
 
 def check_tokenizer(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raises InputError if the tokenizer has more tokens than the embedding has rows."""
     rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     if len(tokenizer) > rows:
         raise InputError(
@@ -189,6 +194,7 @@ def check_tokenizer(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def save_plain(network: PreTrainedModel, config: PretrainedConfig, folder: Path) -> None:
+    """Write network and config as transformers does."""
     quiet_transformers()
     live = network.config
     try:
@@ -219,6 +225,7 @@ def digest_state(network: PreTrainedModel) -> str:
 
 
 def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Everything that a tokenizer is, as text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
@@ -245,10 +252,12 @@ def folded(model: Model) -> PretrainedConfig | None:
 
 
 def shapes(network: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in the state dict."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def meta_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a network of this config; no memory is taken for it."""
     import torch
 
     with torch.device("meta"):
@@ -325,6 +334,7 @@ def difference(one: PreTrainedModel, other: PreTrainedModel) -> float:
 
 
 def tolerance(network: PreTrainedModel) -> float:
+    """Largest difference of logits that is rounding: 1e-5 in float32, 0.05 in half precision."""
     import torch
 
     return 1e-5 if network.dtype == torch.float32 else 5e-2

@@ -222,7 +222,7 @@ def from_plain(data: dict[str, Any], allowed: tuple[str, ...] = ("etude",)) -> E
     kind = getattr(importlib.import_module(where), name, None)
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and hasattr(kind, "apply")):
         raise InputError(f"the checkpoint names {where}:{name}, which is no edit", remedy="Was it saved by another version?")
-    return kind(**{key: _tuples(value) for key, value in fields.items()})
+    return kind(**{key: _tuples(value) for key, value in fields.items()})  # type: ignore[return-value]
 
 
 def _tuples(value: Any) -> Any:

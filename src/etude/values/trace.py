@@ -229,11 +229,8 @@ def _rows(scalar: Tensor, sources: list[_Call]) -> dict[str, set[int]]:
 
 def _mixes(call: _Call, sources: list[_Call]) -> bool:
     """Whether the input at the last position depends on other positions of its sources."""
-    last = _weigh(call.input[..., -1:, :])
-    for gradient in _gradients(last, [source.output for source in sources]):
-        if gradient is not None and gradient.ndim >= 3 and gradient.shape[-2] > 1 and gradient[..., :-1, :].abs().sum() > 0:
-            return True
-    return False
+    gradients = _gradients(_weigh(call.input[..., -1:, :]), [source.output for source in sources])
+    return any(gradient is not None and gradient.ndim >= 3 and bool(gradient[..., :-1, :].abs().sum() > 0) for gradient in gradients)
 
 
 def _attention(call: _Call, sources: list[_Call]) -> Attention | None:
