@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from etude import console
 
+if TYPE_CHECKING:
     from etude.study.plan import Plan
-    from etude.study.run import Event, Run
     from etude.study.store import Store
 
 UNMET, MISTAKE, FAILED = 1, 2, 3
@@ -75,7 +73,7 @@ def run(
     """
     plan = _plan(study, set_, seeds)
     place = _store(store)
-    with _live(len([node for node in plan.nodes if node.kind != "given"]), quiet=as_json) as listen:
+    with console.live(len([node for node in plan.nodes if node.kind != "given"]), quiet=as_json) as listen:
         from etude.study.run import run as walk
 
         done = walk(plan, place, only or (), listen)
@@ -86,11 +84,11 @@ def run(
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        _table(found)
-        _expectations(found)
-        _failures(done)
+        console.outcome_table(found)
+        console.expectations(found)
+        console.failures(done)
         computed = sum(state == "computed" for state in done.states.values())
-        typer.echo(f"\n{computed} computed, {sum(state == 'cached' for state in done.states.values())} from the store, in {_duration(done.seconds)}")
+        typer.echo(f"\n{computed} computed, {sum(state == 'cached' for state in done.states.values())} from the store, in {console.duration(done.seconds)}")
         typer.echo(f"report: {folder / 'report.html'}")
     if done.failed:
         raise typer.Exit(FAILED)
@@ -112,15 +110,25 @@ def plan(study: StudyFile, set_: Overrides = None, seeds: Seeds = None, store: S
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    _print_table(
+    console.table(
         ["", "method", "seed", "state", "seconds", "tokens"],
-        [[row["name"], row["method"] or "", _dash(row["seed"]), row["state"], _dash(row["seconds"] and f"{row['seconds']:.1f}"), _dash(row["tokens"] and f"{row['tokens']:,.0f}")] for row in rows],
+        [
+            [
+                row["name"],
+                row["method"] or "",
+                console.dash(row["seed"]),
+                row["state"],
+                console.dash(row["seconds"] and f"{row['seconds']:.1f}"),
+                console.dash(row["tokens"] and f"{row['tokens']:,.0f}"),
+            ]
+            for row in rows
+        ],
     )
     left = [row for row in rows if row["state"] == "to compute"]
     known = [row["seconds"] for row in left if row["seconds"] is not None]
     typer.echo(
         f"\n{len(left)} to compute"
-        + (f", about {_duration(sum(known))} for the {len(known)} whose like ran before" if known else "")
+        + (f", about {console.duration(sum(known))} for the {len(known)} whose like ran before" if known else "")
         + f"; models up to {max((row['bytes'] for row in rows), default=0) / 1e6:.0f} MB of weights"
     )
 
@@ -140,7 +148,7 @@ def methods(stage: Annotated[str | None, typer.Argument(help="Show one stage onl
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
-    _print_table(["method", "takes", "gives", "what it does"], [[row["name"], ", ".join(row["inputs"].values()), row["output"], row["summary"]] for row in found])
+    console.table(["method", "takes", "gives", "what it does"], [[row["name"], ", ".join(row["inputs"].values()), row["output"], row["summary"]] for row in found])
 
 
 @app.command()
@@ -253,7 +261,7 @@ def store_ls(store: StoreAt = None, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    _print_table(
+    console.table(
         ["digest", "finished", "kind", "method", "name", "seconds", "MB"],
         [[r["digest"][:12], r["finished"], r["kind"], r["method"], r["name"], f"{r['seconds']:.1f}", f"{r['bytes'] / 1e6:.1f}"] for r in rows],
     )
@@ -313,97 +321,3 @@ def _store(path: Path | None) -> Store:
     from etude.study.store import Store
 
     return Store.open(path)
-
-
-@contextmanager
-def _live(total: int, quiet: bool) -> Iterator[Callable[[Event], None]]:
-    """One line a finished step, and while one runs, how far it is; on a terminal as a moving line."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from etude.engine import progress
-
-    console = Console(stderr=True, quiet=quiet, highlight=False)
-    done = 0
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        console=console,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("", total=1.0, note="", visible=False)
-
-        def hear(report: progress.Progress) -> None:
-            bar.update(task, completed=report.done / report.total, note=f"{report.doing} {report.note}".strip(), visible=True)
-
-        def listen(event: Event) -> None:
-            nonlocal done
-            if event.state == "started":
-                bar.reset(task, description=event.node.label, total=1.0, note="", visible=True)
-                return
-            if event.state in ("computed", "cached", "failed", "skipped"):
-                done += 1
-            bar.update(task, visible=False)
-            seconds = f"{event.seconds:7.1f} s" if event.seconds else " " * 9
-            console.print(f"[{done:>{len(str(total))}}/{total}] {seconds}  {event.state:<9} {event.node.label}" + (f": {event.error}" if event.error else ""), markup=False, soft_wrap=True)
-
-        with progress.listening(hear):
-            yield listen
-
-
-def _table(found: dict[str, Any]) -> None:
-    """A row a value, a column a measure's first part, means with intervals."""
-    rows = found["measurements"]
-    measures = list(dict.fromkeys((row["measure"], row["part"], row["unit"]) for row in rows))
-    main = [(measure, part, unit) for measure, part, unit in measures if (measure, part) == next((m, p) for m, p, _ in measures if m == measure)]
-    if found["question"]:
-        typer.secho(f"\n{found['question']}\n", bold=True)
-    cells = {(row["of"], row["measure"], row["part"]): row["estimate"] for row in rows}
-    values = list(dict.fromkeys(row["of"] for row in rows))
-    header = ["", *(part.replace("_", " ") + (f" ({unit})" if unit and unit != "parameters" else "") for _, part, unit in main)]
-    _print_table(header, [[value, *(_estimate(cells.get((value, measure, part))) for measure, part, _ in main)] for value in values])
-
-
-def _expectations(found: dict[str, Any]) -> None:
-    for outcome in found["expectations"]:
-        colour = {"holds": "green", "contradicted": "red"}.get(outcome["verdict"], "yellow")
-        typer.secho(f"\n{outcome['text']}: {outcome['sentence']}", fg=colour, nl=False)
-    if found["expectations"]:
-        typer.echo()
-
-
-def _failures(done: Run) -> None:
-    for node in done.failed:
-        typer.secho(f"\n{node.label} failed:\n{done.errors[node.key]}", fg="red", err=True)
-
-
-def _estimate(estimate: dict[str, Any] | None) -> str:
-    if estimate is None:
-        return ""
-    value = f"{estimate['value']:,.4g}" if abs(estimate["value"]) < 1e4 else f"{estimate['value']:,.0f}"
-    return value if estimate["low"] is None or estimate["low"] == estimate["high"] else f"{value} [{estimate['low']:.4g}, {estimate['high']:.4g}]"
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(highlight=False)
-    console.print(table) if console.is_terminal else Console(highlight=False, width=200).print(table)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-
-
-def _dash(value: Any) -> str:
-    return "–" if value is None or value == "" else str(value)

@@ -77,6 +77,19 @@ def content_files(folder: Path) -> list[Path]:
 # Reading.
 
 
+def read_list(path: Path) -> list[dict[str, Any]]:
+    """A list of mappings from a JSON file; nothing if there is no file.  Raises InputError if it holds anything else."""
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}", remedy="Save the model again.") from error
+    if not (isinstance(found, list) and all(isinstance(item, dict) for item in found)):
+        raise InputError(f"{path} holds no list of mappings", remedy="Save the model again.")
+    return found
+
+
 def load_config(folder: Path) -> PretrainedConfig:
     """Read a config.  Raises InputError if it is none, or of an architecture that needs remote code."""
     transformers = quiet_transformers()

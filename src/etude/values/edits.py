@@ -219,10 +219,16 @@ def from_plain(data: dict[str, Any], allowed: tuple[str, ...] = ("etude",)) -> E
     where, _, name = str(fields.pop("edit", "")).partition(":")
     if where.split(".")[0] not in allowed or not name.isidentifier():
         raise InputError(f"the checkpoint names an edit {where}:{name} that is not Étude's", remedy="Only edits of installed Étude packages are replayed.")
-    kind = getattr(importlib.import_module(where), name, None)
+    try:
+        kind = getattr(importlib.import_module(where), name, None)
+    except ImportError:
+        kind = None
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and hasattr(kind, "apply")):
         raise InputError(f"the checkpoint names {where}:{name}, which is no edit", remedy="Was it saved by another version?")
-    return kind(**{key: _tuples(value) for key, value in fields.items()})  # type: ignore[return-value]
+    try:
+        return kind(**{key: _tuples(value) for key, value in fields.items()})  # type: ignore[return-value]
+    except TypeError as error:
+        raise InputError(f"the checkpoint's {where}:{name} has other fields than this version's: {error}", remedy="Was it saved by another version?") from error
 
 
 def _tuples(value: Any) -> Any:

@@ -204,10 +204,8 @@ class Model:
         if dtype not in checkpoint.DTYPES:
             raise InputError(f"dtype is one of {', '.join(checkpoint.DTYPES)}, got {dtype!r}")
         folder = checkpoint.find(reference)
-        edits: list[Edit] = []
-        if (folder / EDITS).exists():
-            edits = [from_plain(item) for item in json.loads((folder / EDITS).read_text())]
-        history = json.loads((folder / HISTORY).read_text()) if (folder / HISTORY).exists() else ()
+        edits = [from_plain(item) for item in checkpoint.read_list(folder / EDITS)]
+        history = checkpoint.read_list(folder / HISTORY)
         return cls(folder=folder, dtype=dtype, edits=edits, history=history)
 
     @property
