@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import html
 import re
 from typing import Any
@@ -46,9 +47,14 @@ def measured(name: str) -> dict[str, list[list[Measurement]]]:
 
 def rows_of(names: tuple[str, ...] = NAMES) -> list[dict[str, Any]]:
     """Rows of results.json, as `etude.study.results` makes them."""
-    values, rows = {name: measured(name) for name in names}, []
+    return [copy.deepcopy(row) for row in every_row() if row["of"] in names]
+
+
+@functools.cache
+def every_row() -> list[dict[str, Any]]:
+    values, rows = {name: measured(name) for name in NAMES}, []
     for measure in ("perplexity", "throughput", "size"):
-        for name in names:
+        for name in NAMES:
             for part, by_seed in enumerate(values[name].get(measure, [])):
                 one, varies = by_seed[0], by_seed[0] is not by_seed[-1]
                 difference = None if name == "base" else compare.difference(by_seed, values["base"][measure][part])
@@ -171,7 +177,7 @@ def test_parts_and_steps_are_drawn_and_summed(page):
     assert "budget 100k tokens" in page
 
 
-def test_seconds_on_the_way_add_up(page):
+def test_seconds_on_the_way_add_up():
     """A healed value took its own 62.5 s and those of the pruned one before it; base took none."""
     from etude.study.report import _Report
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from etude.study.compare import holm
@@ -19,8 +20,13 @@ SIZES, SPEEDS = ("size", "flops_per_token", "bytes"), ("throughput", "prefill")
 
 def render(results: dict[str, Any]) -> str:
     """The report of some results as HTML."""
+    return _template().render(_Report(results).view())
+
+
+@functools.cache
+def _template() -> Template:
     environment = Environment(loader=PackageLoader("etude.study.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("report.html.jinja").render(_Report(results).view())
+    return environment.get_template("report.html.jinja")
 
 
 class _Report:

@@ -243,7 +243,7 @@ def _svg(chart: Any, legend_offset: int = 12) -> str:
 
     axis = {"labelColor": INK, "titleColor": INK, "labelFontSize": 13, "titleFontSize": 13, "titleFontWeight": "normal", "gridColor": LINE, "domainColor": SOFT, "tickColor": SOFT}
     chart = chart.configure(background="transparent", font=FONT, padding=4).configure_view(stroke=None).configure_axis(**axis).configure_legend(labelColor=INK, labelFontSize=13, offset=legend_offset)
-    svg = str(vl_convert.vegalite_to_svg(chart.to_dict()))
+    svg = str(vl_convert.vegalite_to_svg(chart.to_dict(validate=False)))
     head, body = svg.split(">", 1)
     view = re.search(r'viewBox="([^"]+)"', head)
     return f'<svg class="plot" role="img" viewBox="{view[1] if view else "0 0 400 300"}">{body}'
