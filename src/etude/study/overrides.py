@@ -31,7 +31,7 @@ def override(data: Any, text: str) -> None:
         if step and isinstance(spot.get("use"), str):
             spot["use"] = {spot["use"]: {}}
         if not isinstance(spot, dict) or part not in spot:
-            raise InputError(f"--set {text!r}: there is no {'.'.join(parts[: index + 1])!r} in the study", remedy=nearest(part, map(str, spot) if isinstance(spot, dict) else ()))
+            raise InputError(f"--set {text!r}: there is no {'.'.join(parts[: index + 1])!r} in the study", remedy=nearest(part, _choices(spot)))
         spot = spot[part]
     last = parts[-1]
     if isinstance(spot, dict) and parts[0] == "steps" and last not in ("budget", "use", "try", "inputs"):
@@ -55,3 +55,8 @@ def _fields_of(spot: dict[str, Any], last: str) -> dict[str, Any]:
         if isinstance(fields, dict):
             return fields
     return spot
+
+
+def _choices(spot: Any) -> list[str]:
+    """What could have been named here: keys, and the labels under `try:`."""
+    return [str(key) for key in (*spot, *(spot.get("try") or ()))] if isinstance(spot, dict) else []

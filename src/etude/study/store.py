@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -170,12 +171,25 @@ def writing(root: Path) -> Iterator[None]:
     """Turn the system's errors about full disks and forbidden places into the user's language."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"the disk is full: {root} cannot take another object", remedy="Free some room (`etude store gc`), or choose another place with --store.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise InputError(f"{root} cannot be written: {error.strerror}", remedy="Choose another place with --store or ETUDE_STORE.") from error
+    except Exception as error:
+        number = _system_error(error)
+        if number in FULL:
+            raise InputError(f"the disk is full: {root} cannot take another file", remedy="Free some room (`etude store gc`), or choose another place with --store or --out.") from error
+        if number in FORBIDDEN:
+            raise InputError(f"{root} cannot be written: {os.strerror(number)}", remedy="Choose another place with --store, ETUDE_STORE or --out.") from error
         raise
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+def _system_error(error: Exception) -> int | None:
+    """The system's number for what went wrong; libraries written in Rust have it in their message alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match[1]) if match else None
 
 
 def flush(path: Path) -> None:

@@ -9,6 +9,9 @@ from etude.values.errors import InputError
 
 MOST_BYTES, MOST_NODES, MOST_DEPTH = 1 << 20, 50_000, 30
 
+CORE = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null"))
+"""The tags of plain data."""
+
 
 class Places:
     """Where each part of a document stands."""
@@ -62,6 +65,9 @@ def _plain(node: Any, path: tuple[Any, ...], places: Places, left: Iterator[int]
 
     if next(left, None) is None or len(path) > MOST_DEPTH:
         raise InputError(f"the study unfolds into more than {MOST_NODES:,} parts, or nests deeper than {MOST_DEPTH}", where=places.of(path), remedy="Are there aliases (*name) of aliases?")
+    tag = getattr(getattr(node, "tag", None), "value", None)
+    if tag is not None and tag not in CORE:
+        raise InputError(f"the tag {tag} makes this no plain value", where=places.of(path), remedy="Use strings, numbers, true, false, lists and mappings; no tags.")
     if isinstance(node, CommentedMap):
         plain = {}
         for key in node:
