@@ -231,7 +231,7 @@ def test_editing_a_method_runs_its_steps_again_and_nothing_else(workplace, tmp_p
     source = file.read_text()
     file.write_text(
         source.replace('"""Greedy depth pruning', '"""Greedy pruning of depth')
-        .replace("        losses = []", "        # a comment\n        losses = []")
+        .replace("            losses = []", "            # a comment\n            losses = []")
         .replace("Calibration tokens.", "Tokens to calibrate on.")
     )
     assert file.read_text() != source

@@ -47,7 +47,7 @@ class Method:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "apply" in vars(cls):
-            cls.__call__ = _checked(cls.apply)  # type: ignore[assignment, method-assign]
+            cls.__call__ = _checked(vars(cls)["apply"])  # type: ignore[method-assign]
 
     def draws_random(self) -> bool:
         """Whether these hyperparameters make `apply` use its seed; if not, it is computed once for all seeds."""
@@ -63,7 +63,7 @@ def _checked(apply: Any) -> Any:
         face = interface(type(self))
         bound = inspect.signature(apply).bind(self, *inputs, **named)
         for slot in face.inputs:
-            value = bound.arguments.get(slot.name)
+            value: Any = bound.arguments.get(slot.name)
             for item in value if slot.many else [value]:
                 if not (isinstance(item, slot.kind) or (item is None and not slot.required)):
                     raise TypeError(f"{face.name} takes a {slot.kind.__name__} as {slot.name}, got {type(item).__name__}")
@@ -138,9 +138,14 @@ def kind_name(kind: type) -> str:
     return next((name for name, known in VALUES.items() if known is kind), kind.__name__.lower())
 
 
-@functools.cache
 def interface(cls: type[Method]) -> Interface:
-    """Read a method's interface.  Raises TypeError if its annotations are not those of a method."""
+    """A method's interface, read once.  Raises TypeError if its annotations are not those of a method."""
+    known: Any = cls
+    return _read_interface(known)
+
+
+@functools.cache
+def _read_interface(cls: Any) -> Interface:
     hints = typing.get_type_hints(cls.apply)  # type: ignore[attr-defined]
     output, several = hints.pop("return", None), False
     if typing.get_origin(output) is tuple:
@@ -176,7 +181,7 @@ def _parameters(cls: type[Method]) -> tuple[Parameter, ...]:
     documentation = _field_documentation(cls)
     found = []
     for field in dataclasses.fields(cls):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc, operator]
         found.append(Parameter(field.name, hints[field.name], default, documentation.get(field.name, "")))
     return tuple(found)
 

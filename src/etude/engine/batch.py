@@ -40,21 +40,52 @@ def encode(model: Model, corpus: Corpus) -> list[np.ndarray]:
     """Token ids of every text, with the start token before and nothing after.  Raises InputError on an empty corpus."""
     if not len(corpus):
         raise InputError("the corpus is empty")
-    tokenizer = model.tokenizer
+    return _encode(model.tokenizer, corpus.texts)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
     start = start_token(tokenizer)
-    encoded = tokenizer(corpus.texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [np.array([start, *ids], dtype=np.int64) for ids in encoded]
 
 
-def pack(documents: Sequence[np.ndarray], length: int, order: np.ndarray) -> Rows:
-    """Lay documents end to end in this order and cut the stream into rows of `length`; what is left over is dropped.
+class Documents:
+    """A corpus as token ids, encoded when they are first asked for: a short training run reads little of a large corpus."""
+
+    def __init__(self, model: Model, corpus: Corpus):
+        """Raises InputError on an empty corpus, or one without texts."""
+        if not len(corpus):
+            raise InputError("the corpus is empty")
+        self._tokenizer, self._texts = model.tokenizer, corpus.texts
+        self._encoded: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def take(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Some documents, those that are new encoded together."""
+        new = [index for index in dict.fromkeys(indices) if index not in self._encoded]
+        if new:
+            self._encoded.update(zip(new, _encode(self._tokenizer, [self._texts[index] for index in new]), strict=True))
+        return [self._encoded[index] for index in indices]
+
+
+class Listed(Documents):
+    """Documents that are token ids already."""
+
+    def __init__(self, documents: Sequence[np.ndarray]):
+        self._texts = [""] * len(documents)
+        self._encoded = dict(enumerate(documents))
+
+
+def pack(documents: Sequence[np.ndarray], length: int) -> Rows:
+    """Lay documents end to end and cut the stream into rows of `length`; what is left over is dropped.
 
     A document's last token predicts the start token, which every tokenizer here also uses as the end of text.
     """
     end = int(documents[0][0])
-    stream = np.concatenate([np.append(documents[i], end) for i in order])
-    sizes = np.array([len(documents[i]) + 1 for i in order])
-    owner = np.repeat(np.arange(len(order)), sizes)
+    stream = np.concatenate([np.append(document, end) for document in documents])
+    owner = np.repeat(np.arange(len(documents)), [len(document) + 1 for document in documents])
     count = (len(stream) - 1) // length
     ids = stream[: count * length].reshape(count, length)
     following, same = stream[1 : count * length + 1], owner[1 : count * length + 1] == owner[: count * length]
@@ -65,15 +96,28 @@ def pack(documents: Sequence[np.ndarray], length: int, order: np.ndarray) -> Row
     return Rows(ids, labels, positions.reshape(count, length))
 
 
-def epochs(documents: Sequence[np.ndarray], length: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Endless packed rows, one at a time: each epoch lays the documents out in a new order and shuffles the rows."""
+POOL_ROWS, POOL_DOCUMENTS = 256, 16
+"""Rows are shuffled in pools of at least so many; documents are encoded so many at once."""
+
+
+def epochs(documents: Documents, length: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Endless packed rows, one at a time.
+
+    Each epoch takes the documents in a new order, a pool after another; a pool is packed, and its rows are shuffled.
+    """
     random = np.random.default_rng(seed)
-    if sum(len(document) + 1 for document in documents) <= length:
-        documents = list(documents) * (length // max(1, sum(len(document) + 1 for document in documents)) + 2)
+    pool: list[np.ndarray] = []
     while True:
-        rows = pack(documents, length, random.permutation(len(documents)))
-        for index in random.permutation(len(rows.ids)):
-            yield rows.ids[index], rows.labels[index], rows.positions[index]
+        order = random.permutation(len(documents)).tolist()
+        for begin in range(0, len(order), POOL_DOCUMENTS):
+            pool += documents.take(order[begin : begin + POOL_DOCUMENTS])
+            last = begin + POOL_DOCUMENTS >= len(order)
+            size = sum(len(document) + 1 for document in pool)
+            if size > POOL_ROWS * length or (last and size > length):
+                rows = pack(pool, length)
+                pool = []
+                for index in random.permutation(len(rows.ids)):
+                    yield rows.ids[index], rows.labels[index], rows.positions[index]
 
 
 class Window(NamedTuple):

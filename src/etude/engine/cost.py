@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from etude.values.checkpoint import embedding_rows
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -71,8 +73,7 @@ def flops_per_token(network: PreTrainedModel, length: int = 64) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    ids = torch.zeros(1, length, dtype=torch.long, device=network.device) + min(10, rows - 1)
+    ids = torch.full((1, length), min(10, embedding_rows(network) - 1), device=network.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if network.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids

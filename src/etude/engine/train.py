@@ -100,10 +100,10 @@ def scale(schedule: str, progress: float, warmup: float) -> float:
             return math.sqrt(max(warmup, 0.01) / max(progress, warmup, 0.01))
 
 
-def train(model: Model, documents: list[np.ndarray], recipe: Recipe, budget: Budget, seed: int, loss: Loss = next_token_loss) -> None:
+def train(model: Model, documents: batch.Documents, recipe: Recipe, budget: Budget, seed: int, loss: Loss = next_token_loss) -> None:
     """Train the parameters of a draft that ask for gradients, in place, and append to its history.
 
-    documents: token ids with their start token, packed into rows of `recipe.length` in which none sees another.
+    documents: packed into rows of `recipe.length` in which none sees another.
     Raises StepError when the loss is not finite, saying at which step.  Cost: the budget.
     """
     model.require_draft()
@@ -133,7 +133,7 @@ def train(model: Model, documents: list[np.ndarray], recipe: Recipe, budget: Bud
         elapsed = time.perf_counter() - start
         if step == 1 or step % 10 == 0:
             history.append({"step": step, "tokens": tokens, "loss": round(mean, 5), "learning_rate": recipe.learning_rate * factor})
-        report("training", _spent(budget, step, tokens, tokens * flops, elapsed), 1.0, f"loss {mean:.3f}, {tokens / elapsed:,.0f} tokens/s")
+        report("training", min(1.0, _spent(budget, step, tokens, tokens * flops, elapsed)), 1.0, f"loss {mean:.3f}, {tokens / elapsed:,.0f} tokens/s")
     spend(tokens=tokens, flops=tokens * flops)
     network.eval()
     network.zero_grad(set_to_none=True)

@@ -42,7 +42,7 @@ class Perplexity(Method):
         scores = log_probabilities(model, [documents[index] for index in kept], window=self.window, stride=self.stride)
         texts = corpus.texts
         if self.tokens:
-            texts = [model.tokenizer.decode(document[1:]) for document in documents]
+            texts = [str(model.tokenizer.decode(document[1:])) for document in documents]
         names = tuple(str(name) for name in corpus.column("path")) if "path" in corpus.columns else tuple(map(str, range(len(corpus))))
         nats = np.array([-score.sum(dtype=np.float64) for score in scores])
         counts = np.array([len(score) for score in scores], float)

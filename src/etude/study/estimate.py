@@ -25,14 +25,24 @@ def estimate(plan: Plan, store: Store) -> list[dict[str, Any]]:
 
 
 def _row(node: Node, store: Store, past: dict[tuple[str, str | None], list[float]]) -> dict[str, Any]:
-    recipe = node.recipe() if node.method else {"method": None, "budget": None}
+    recipe: dict[str, Any] = node.recipe() if node.method else {"method": "", "budget": None}
     state = "given" if node.kind == "given" else "in the store" if store.has(node.key) else "to compute"
     seconds = store.record(node.key)["cost"]["seconds"] if state == "in the store" else None
     known = past.get((recipe["method"], recipe["budget"])) or past.get((recipe["method"], None))
     if state == "to compute" and known:
         seconds = statistics.median(known)
     tokens = node.budget.amount if node.budget and node.budget.unit == "tokens" else None
-    return {"name": node.name, "kind": node.kind, "method": recipe["method"], "seed": node.seed, "state": state, "seconds": seconds, "tokens": tokens, "bytes": _bytes(node), "digest": node.key}
+    return {
+        "name": node.name,
+        "kind": node.kind,
+        "method": recipe["method"] or None,
+        "seed": node.seed,
+        "state": state,
+        "seconds": seconds,
+        "tokens": tokens,
+        "bytes": _bytes(node),
+        "digest": node.key,
+    }
 
 
 def _bytes(node: Node) -> int:

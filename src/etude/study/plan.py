@@ -41,14 +41,15 @@ class Node:
     owner: str = ""
     """The step or measure that it belongs to."""
 
-    @property
-    def seeded(self) -> bool:
-        """Whether a seed had any part in it."""
-        return self.seed is not None or any(node.seeded for nodes in self.inputs.values() for node in nodes)
+    def seeds(self) -> set[int]:
+        """Every seed that had a part in it."""
+        own = set() if self.seed is None else {self.seed}
+        return own.union(*(node.seeds() for nodes in self.inputs.values() for node in nodes))
 
     @property
     def label(self) -> str:
-        return f"{self.name} seed {self.seed}" if self.seed is not None else self.name
+        seeds = self.seeds()
+        return f"{self.name} seed {', '.join(map(str, sorted(seeds)))}" if seeds else self.name
 
     def recipe(self) -> dict[str, Any]:
         """What made it, as plain data, for the record."""

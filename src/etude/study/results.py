@@ -7,13 +7,14 @@ however often a run was interrupted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from etude.method import interface
 from etude.study import compare
 from etude.study.environment import environment
+from etude.study.expect import Term
 from etude.study.plan import Node, Plan
 from etude.study.recipe import Study
 from etude.study.run import Run
@@ -80,7 +81,7 @@ class _Measured:
 
 def _judged(plan: Plan, found: _Measured) -> Iterator[compare.Outcome]:
     for expectation in plan.study.expectations:
-        measured = {}
+        measured: dict[Term, Sequence[Measurement]] = {}
         for term in expectation.terms:
             node, _ = plan.term(term, expectation.where)[0]
             name = next(value for (measure, value, seed), known in plan.measured.items() if known is node and measure == term.measure and _names(plan, term, value))

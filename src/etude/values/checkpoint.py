@@ -144,10 +144,12 @@ def load_network(folder: Path, base: PretrainedConfig, edits: tuple[Edit, ...], 
 
 
 def _from_pretrained(folder: Path, base: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    loaded: Any
     try:
-        network, report = network_class(base).from_pretrained(folder, config=copy.deepcopy(base), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        loaded = network_class(base).from_pretrained(folder, config=copy.deepcopy(base), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"the weights in {folder} do not fit its config: {str(error).splitlines()[0]}", remedy="Do config.json and the safetensors belong together?") from error
+    network, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"the weights in {folder} lack {len(missing)} tensors, {missing[0]} the first", remedy="Do config.json and the safetensors belong together?")
@@ -159,7 +161,8 @@ def rebuild(base: PretrainedConfig, edits: tuple[Edit, ...], dtype: torch.dtype)
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
-        network = network_class(base)(copy.deepcopy(base)).to(dtype)
+        network: Any = network_class(base)(copy.deepcopy(base))
+        network = network.to(dtype)
     for edit in edits:
         edit.apply(network)
     network.tie_weights()  # so that loading any one of several tied names fills them all
@@ -193,9 +196,15 @@ def shared_names(network: PreTrainedModel) -> dict[str, set[str]]:
     return {name: names for names in places.values() for name in names}
 
 
+def embedding_rows(network: PreTrainedModel) -> int:
+    """Tokens that the input embedding has a row for."""
+    embedding: Any = network.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
 def check_tokenizer(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Raises InputError if the tokenizer has more tokens than the embedding has rows."""
-    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    rows = embedding_rows(network)
     if len(tokenizer) > rows:
         raise InputError(
             f"the tokenizer in {folder} does not fit the model: it has {len(tokenizer):,} tokens, the embedding {rows:,} rows",
@@ -319,7 +328,7 @@ def probe(network: PreTrainedModel, length: int = 8) -> dict[str, torch.Tensor]:
     """A small fixed input that the network accepts."""
     import torch
 
-    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    rows = embedding_rows(network)
     ids = torch.randint(min(10, rows - 1), rows, (2, length), generator=torch.Generator().manual_seed(0)).to(network.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if network.config.is_encoder_decoder:

@@ -87,8 +87,8 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the schema and of every record, the same for equal content in whichever format it came."""
-        state = hashlib.sha256(canonical([[field.name, str(field.type)] for field in self._table.schema]).encode())
+        """Digest of every record, the same for equal content in whichever format and order of columns it came."""
+        state = hashlib.sha256(canonical(sorted(self.columns)).encode())
         for batch in self._table.to_batches(max_chunksize=512):
             for row in batch.to_pylist():
                 state.update(canonical(row).encode("utf8", "surrogatepass"))

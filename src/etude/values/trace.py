@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from etude.values.checkpoint import embedding_rows
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -99,7 +101,7 @@ def trace(network: PreTrainedModel) -> dict[str, list[Parts]]:
 
 
 def _forward(network: PreTrainedModel) -> None:
-    rows = network.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    rows = embedding_rows(network)
     ids = torch.randint(min(10, rows - 1), rows, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(network.device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     if network.config.is_encoder_decoder:
@@ -131,7 +133,8 @@ class _Recorder:
 
     def __enter__(self) -> _Recorder:
         for stack in self.stacks:
-            for index, block in enumerate(self.network.get_submodule(stack)):  # type: ignore[arg-type]
+            blocks: Any = self.network.get_submodule(stack)
+            for index, block in enumerate(blocks):
                 name = f"{stack}.{index}"
                 self.handles.append(block.register_forward_pre_hook(self._enter(name), with_kwargs=True))
                 for path, module in block.named_modules():

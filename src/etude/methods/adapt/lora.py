@@ -77,7 +77,7 @@ class LoRA(Method):
         adapted = model.copy()
         asked = {name: parameter.requires_grad for name, parameter in adapted.network.named_parameters()}
         self._inject(adapted, seed)
-        train(adapted, batch.encode(adapted, corpus), self._recipe(), budget, seed)
+        train(adapted, batch.Documents(adapted, corpus), self._recipe(), budget, seed)
         merge(adapted.network)
         for name, parameter in adapted.network.named_parameters():
             parameter.requires_grad_(asked[name])

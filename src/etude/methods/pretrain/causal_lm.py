@@ -48,5 +48,5 @@ class CausalLM(Method):
     def apply(self, model: Model, corpus: Corpus, budget: Budget, seed: int) -> Model:
         require_causal(model, "causal language modelling")
         trained = model.copy()
-        train(trained, batch.encode(trained, corpus), self._recipe(), budget, seed)
+        train(trained, batch.Documents(trained, corpus), self._recipe(), budget, seed)
         return trained

@@ -67,5 +67,5 @@ class Initialize(Method):
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    parameter /= (2 * self.blocks) ** 0.5
+                    parameter.div_((2 * self.blocks) ** 0.5)
         return Model(network.eval(), tokenizer)
