@@ -52,6 +52,8 @@ def estimate(table: np.ndarray, exact: bool = False) -> Estimate:
         table, items = table[:, :1], 1
     if seeds == 1 and items == 1:
         return Estimate(mean)
+    if exact and np.ptp(table) == 0:
+        return Estimate(mean)
     if np.ptp(table) <= 1e-12 * max(1.0, abs(mean)):
         return Estimate(mean, mean, mean, 1.0 if mean == 0 else 0.0, 0.0)
     half, p, power = _one_way(table.ravel()) if 1 in (seeds, items) else _two_way(table)
@@ -60,15 +62,14 @@ def estimate(table: np.ndarray, exact: bool = False) -> Estimate:
 
 def _one_way(values: np.ndarray) -> tuple[float, float, float]:
     """Student's t: half of the interval, probability if the mean were zero, and what more is needed to be seen four times in five."""
-    from scipy.stats import t
+    from scipy.special import stdtr, stdtrit  # t's distribution and its inverse; scipy.stats takes a second to import
 
     freedom, error = len(values) - 1, float(values.std(ddof=1)) / math.sqrt(len(values))
-    return float(t.ppf(0.5 + LEVEL / 2, freedom)) * error, float(2 * t.sf(abs(values.mean()) / error, freedom)), float(t.ppf(POWER, freedom)) * error
+    return float(stdtrit(freedom, 0.5 + LEVEL / 2)) * error, float(2 * stdtr(freedom, -abs(values.mean()) / error)), float(stdtrit(freedom, POWER)) * error
 
 
 def _two_way(table: np.ndarray) -> tuple[float, float, float]:
     """The same for two crossed effects: the mean is normal given its standard error, which is drawn as the mean squares would be."""
-    from scipy.optimize import brentq
     from scipy.special import ndtr
 
     seeds, items = table.shape
@@ -77,9 +78,16 @@ def _two_way(table: np.ndarray) -> tuple[float, float, float]:
     squares = items * float(((by_seed - mean) ** 2).sum()), seeds * float(((by_item - mean) ** 2).sum()), float((rest**2).sum())
     seed, item, cell = (square / draw for square, draw in zip(squares, _chi_squares(seeds, items), strict=True))
     errors = np.sqrt(np.maximum(seed + item - cell, cell) / (seeds * items))
-    most = 100 * float(errors.max())
-    half = float(brentq(lambda h: 2 * ndtr(-h / errors).mean() - (1 - LEVEL), 0.0, most))
-    return half, float(2 * ndtr(-abs(mean) / errors).mean()), float(brentq(lambda h: ndtr(h / errors).mean() - POWER, 0.0, most))
+
+    def quantile(share: float) -> float:
+        """What a normal variable with one of these errors stays under with this probability: by bisection."""
+        low, high = 0.0, 100 * float(errors.max())
+        while high - low > 1e-9 * high:
+            middle = (low + high) / 2
+            low, high = (middle, high) if ndtr(middle / errors).mean() < share else (low, middle)
+        return high
+
+    return quantile(0.5 + LEVEL / 2), float(2 * ndtr(-abs(mean) / errors).mean()), quantile(POWER)
 
 
 @functools.cache

@@ -192,19 +192,23 @@ def verdict(study: Study, rows: list[dict[str, Any]], outcomes: list[dict[str, A
 
 def write(run: Run, folder: Path) -> dict[str, Any]:
     """Write results.json, report.html, the resolved study and links to the resulting checkpoints into a folder; returns the results."""
-    from etude.study.report import render
-
     found = results(run)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "results.json", json.dumps(found, indent=1, allow_nan=False, default=_nan) + "\n")
-        write_atomically(folder / "report.html", render(found))
+        text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+        if not _unchanged(folder, text):
+            from etude.study.report import render
+
+            write_atomically(folder / "report.html", render(found))
+            write_atomically(folder / "results.json", text)
         _link(run, folder / "models")
     return found
 
 
-def _nan(value: Any) -> Any:
-    raise TypeError(f"{type(value).__name__} is no plain data")
+def _unchanged(folder: Path, text: str) -> bool:
+    """Whether these very results lie in the folder already, with their report."""
+    path = folder / "results.json"
+    return (folder / "report.html").exists() and path.exists() and path.read_text(encoding="utf8") == text
 
 
 def _link(run: Run, folder: Path) -> None:

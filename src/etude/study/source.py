@@ -22,13 +22,21 @@ def code_digest(module: str) -> str:
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        path = source_path(name)
-        if name in seen or path is None:
+        if name in seen or source_path(name) is None:
             continue
-        tree = ast.parse(path.read_text(encoding="utf8"))
-        seen[name] = ast.dump(_Bare().visit(tree))
-        waiting += [found for found in imported(tree, name, path) if found.partition(".")[0] == module.partition(".")[0]]
+        seen[name], imports = _read(name)
+        waiting += [found for found in imports if found.partition(".")[0] == module.partition(".")[0]]
     return digest(sorted(seen.items()))
+
+
+@functools.cache
+def _read(module: str) -> tuple[str, list[str]]:
+    """Digest of one module's bare syntax tree, and what it imports."""
+    path = source_path(module)
+    assert path is not None
+    tree = ast.parse(path.read_text(encoding="utf8"))
+    imports = imported(tree, module, path)
+    return digest(ast.dump(_Bare().visit(tree))), imports
 
 
 @functools.cache

@@ -165,7 +165,8 @@ class Model:
     def frozen_now(self) -> Model:
         """Declare the draft finished; it can no longer be edited."""
         self.frozen = True
-        self.network.eval()
+        if self._network is not None:
+            self._network.eval()
         return self
 
     def edit(self, *edits: Edit) -> None:

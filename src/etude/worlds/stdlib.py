@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +37,11 @@ class Stdlib(Method):
     def apply(self) -> Corpus:
         root = Path(sysconfig.get_paths()["stdlib"])
         records = []
-        for path in sorted(root.rglob("*.py")):
-            name = path.relative_to(root).as_posix()
-            if path.name.startswith(("_sysconfigdata", "sitecustomize")) or MACHINE_FOLDERS & set(path.relative_to(root).parts) or name.startswith("config-"):
-                continue
+        for name in sorted(modules(root)):
             if self.split != "all" and (split_of(name) == "heldout") != (self.split == "heldout"):
                 continue
             try:
-                text = path.read_bytes().decode("utf8")
+                text = (root / name).read_bytes().decode("utf8")
             except (UnicodeDecodeError, OSError):
                 continue
             if text.strip():
@@ -50,6 +49,15 @@ class Stdlib(Method):
         if not records:
             raise InputError(f"this Python has no library sources under {root}", remedy="Use a Python that was installed with its .py files.")
         return Corpus(records)
+
+
+def modules(root: Path) -> Iterator[str]:
+    """Paths of the library's source files under its folder, those aside that describe the machine."""
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in MACHINE_FOLDERS and not name.startswith("config-")]
+        for name in files:
+            if name.endswith(".py") and not name.startswith(("_sysconfigdata", "sitecustomize")):
+                yield Path(folder, name).relative_to(root).as_posix()
 
 
 def split_of(name: str) -> str:
