@@ -129,7 +129,11 @@ def test_it_leaves_inputs_alone_repeats_itself_and_survives_saving(cls, tiny, tm
         assert content(method(**inputs(cls, tiny))) == content(made), "the same seed gave other bits"
     for place, item in enumerate(made if isinstance(made, tuple) else (made,)):
         item.save(tmp_path / str(place))
-        assert content(type(item).load(tmp_path / str(place))) == content(item), "what was loaded is not what was saved"
+        again = type(item).load(tmp_path / str(place))
+        if isinstance(item, Model):  # its edits may have been folded into the config
+            assert checkpoint.digest_state(again.network) == checkpoint.digest_state(item.network), "what was loaded is not what was saved"
+        else:
+            assert content(again) == content(item), "what was loaded is not what was saved"
         if isinstance(item, Model):
             assert item.frozen
 

@@ -21,7 +21,8 @@ def override(data: Any, text: str) -> None:
         parts = ["given", *parts]
     elif parts[0] in steps:
         parts = ["steps", *parts]
-    if parts[0] == "given" and len(parts) == 2 and isinstance(given.get(parts[1]), dict):
+    new = scalar(value)
+    if parts[0] == "given" and len(parts) == 2 and not isinstance(new, dict) and isinstance(given.get(parts[1]), dict):
         parts.append(next((kind for kind in SOURCES if kind in given[parts[1]]), "model"))
     spot: Any = data
     for index, part in enumerate(parts[:-1]):
@@ -38,7 +39,7 @@ def override(data: Any, text: str) -> None:
         spot = _fields_of(spot, last)
     if not isinstance(spot, dict):
         raise InputError(f"--set {text!r}: {'.'.join(parts[:-1])!r} has no fields")
-    spot[last] = scalar(value)
+    spot[last] = new
 
 
 def _fields_of(spot: dict[str, Any], last: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Stdlib(Method):
     def apply(self) -> Corpus:
         root = Path(sysconfig.get_paths()["stdlib"])
         records = []
-        for name in sorted(modules(root)):
+        for name in sorted(modules(root), key=lambda name: name.split("/")):
             if self.split != "all" and (split_of(name) == "heldout") != (self.split == "heldout"):
                 continue
             try:
