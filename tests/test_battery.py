@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -144,6 +145,39 @@ def test_another_seed_gives_another_result(name, tiny):
     method = cls(choose="random", blocks=0.34) if name == "compress.drop_blocks" else quick(cls)
     found = {content(method(**{**inputs(cls, tiny), "seed": seed})) for seed in range(6)}
     assert len(found) > 1
+
+
+PLUGIN = '''"""A method of another package."""
+from dataclasses import dataclass
+from etude.method import Method
+from etude.values.model import Model
+
+
+@dataclass(frozen=True)
+class Nothing(Method):
+    """Leave the model as it is."""
+
+    def apply(self, model: Model) -> Model:
+        return model
+'''
+
+
+def test_another_package_adds_methods_by_its_entry_point(tmp_path):
+    """In a process of its own, with a package that is installed as far as Python's metadata goes."""
+    folder = tmp_path / "quill" / "methods" / "compress"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent, folder.parent.parent):
+        (package / "__init__.py").write_text("")
+    (folder / "nothing.py").write_text(PLUGIN)
+    metadata = tmp_path / "quill-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: quill\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[etude.methods]\nquill = quill.methods\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "etude", "show", "compress.nothing", "--json"], capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout)["inputs"] == {"model": "model"}
+    listed = subprocess.run([sys.executable, "-m", "etude", "methods", "compress", "--json"], capture_output=True, text=True, env=environment, check=True)
+    assert {"compress.nothing", "compress.sleb"} <= {row["name"] for row in json.loads(listed.stdout)}
 
 
 def test_a_wrong_kind_of_input_is_refused(tiny):
