@@ -114,7 +114,7 @@ def test_a_wrong_sparsity_or_pattern_is_refused(method):
     with pytest.raises(ValueError, match=r"1:4 zeroes 0.25 of the weights, and sparsity says 0.5"):
         method(pattern="1:4")
     with pytest.raises(InputError, match=r"multiple of 5 inputs, and \S+ has 32"):
-        method(sparsity=0.2, pattern="1:5")(texts.reader("llama"), *([texts.corpus()] if method is Wanda else []))
+        method(sparsity=0.2, pattern="1:5", **({"length": 64} if method is Wanda else {}))(texts.reader("llama"), *([texts.corpus()] if method is Wanda else []))
 
 
 def halving(forward, hidden_states, *args, **kwargs):
@@ -204,7 +204,7 @@ def test_what_cannot_be_pruned_by_calibration_is_refused():
     with pytest.raises(InputError, match="no heads and no feed-forward"):
         FLAP()(small("mamba"), texts.corpus())
     with pytest.raises(InputError, match="cannot be met"):
-        FLAP(ratio=0.99)(texts.reader("llama"), texts.corpus())
+        FLAP(ratio=0.99, length=64)(texts.reader("llama"), texts.corpus())
     for ratio in (0, 1):
         with pytest.raises(ValueError, match=f"less than 1, got {ratio}"):
             FLAP(ratio=ratio)

@@ -112,8 +112,6 @@ class Interface:
     documentation: str
     inputs: tuple[Slot, ...]
     output: type
-    several: bool
-    """Whether it returns a tuple of values."""
     parameters: tuple[Parameter, ...]
     seeded: bool
     budgeted: bool
@@ -147,9 +145,9 @@ def interface(cls: type[Method]) -> Interface:
 @functools.cache
 def _read_interface(cls: Any) -> Interface:
     hints = typing.get_type_hints(cls.apply)  # type: ignore[attr-defined]
-    output, several = hints.pop("return", None), False
+    output = hints.pop("return", None)
     if typing.get_origin(output) is tuple:
-        output, several = typing.get_args(output)[0], True
+        output = typing.get_args(output)[0]
     if output not in VALUES.values():
         raise TypeError(f"{cls.__name__}.apply returns {output!r}, which is no value")
     slots = []
@@ -166,7 +164,7 @@ def _read_interface(cls: Any) -> Interface:
         slots.append(Slot(name, kind, many, signature.parameters[name].default is inspect.Parameter.empty))
     lines = inspect.cleandoc(cls.__doc__ or "")
     return Interface(
-        cls, dotted_name(cls), lines.split("\n")[0], lines, tuple(slots), output, several, _parameters(cls), "seed" in hints, hints.get("budget") in (Budget, Budget | None)
+        cls, dotted_name(cls), lines.split("\n")[0], lines, tuple(slots), output, _parameters(cls), "seed" in hints, hints.get("budget") in (Budget, Budget | None)
     )  # fmt: skip
 
 

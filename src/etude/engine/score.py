@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from etude.engine import batch
 from etude.engine.cost import spend
 from etude.engine.progress import report
 from etude.values.corpus import Corpus
 from etude.values.errors import InputError
+from etude.values.lazy import lazy
 from etude.values.model import Model
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
 
 LOGIT_ELEMENTS = 1 << 26
 """At most so many logits at once: 256 MiB in float32."""
@@ -30,7 +35,6 @@ def require_causal(model: Model, what: str) -> None:
         raise InputError(f"{what} needs a causal language model, and this is a {model.kind} one ({model.base.model_type})")
 
 
-@torch.no_grad()
 def log_probabilities(model: Model, documents: Sequence[np.ndarray], *, window: int = 512, stride: int = 256) -> list[np.ndarray]:
     """Natural log-probability of every token after a document's first, float32, one array a document.
 
@@ -47,11 +51,12 @@ def log_probabilities(model: Model, documents: Sequence[np.ndarray], *, window: 
         ids = torch.zeros(len(chosen), max(part.stop - part.start for part in chosen), dtype=torch.long)
         for row, part in enumerate(chosen):
             ids[row, : part.stop - part.start] = torch.from_numpy(documents[part.document][part.start : part.stop])
-        logits = network(input_ids=ids.to(network.device), use_cache=False).logits
+        with torch.no_grad():
+            logits = network(input_ids=ids.to(network.device), use_cache=False).logits
         for row, part in enumerate(chosen):
             begin, end = part.scored - part.start, part.stop - part.start
             wanted = ids[row, begin:end].to(logits.device)
-            loss = F.cross_entropy(logits[row, begin - 1 : end - 1].float(), wanted, reduction="none")
+            loss = torch.nn.functional.cross_entropy(logits[row, begin - 1 : end - 1].float(), wanted, reduction="none")
             scores[part.document][part.scored - 1 : part.stop - 1] = -loss.cpu().numpy()
         done += sum(part.stop - part.start for part in chosen)
         report("scoring", done, total)
@@ -85,7 +90,6 @@ def sample_rows(model: Model, corpus: Corpus, tokens: int, length: int) -> list[
     return rows
 
 
-@torch.no_grad()
 def block_changes(model: Model, rows: Sequence[np.ndarray]) -> np.ndarray:
     """How far each block turns the residual stream: one minus the cosine of its input and output, averaged over tokens.
 
@@ -101,14 +105,15 @@ def block_changes(model: Model, rows: Sequence[np.ndarray]) -> np.ndarray:
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output if isinstance(output, torch.Tensor) else output[0]
-            sums[index] += (1 - F.cosine_similarity(before.float(), after.float(), dim=-1))[real].sum().item()
+            sums[index] += (1 - torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1))[real].sum().item()
 
         return hook
 
     handles = [block.register_forward_hook(watch(index), with_kwargs=True) for index, block in enumerate(blocks)]
     try:
         for ids, real in padded_batches(model, rows):
-            network(input_ids=ids, use_cache=False)
+            with torch.no_grad():
+                network(input_ids=ids, use_cache=False)
             counted += int(real.sum())
             report("measuring blocks", counted, sum(map(len, rows)))
     finally:

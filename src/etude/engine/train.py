@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from etude.engine import batch
 from etude.engine.batch import IGNORED
@@ -22,10 +19,18 @@ from etude.engine.budget import Budget
 from etude.engine.cost import spend
 from etude.engine.progress import report
 from etude.values.errors import StepError
+from etude.values.lazy import lazy
 from etude.values.model import Model
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    Loss = Callable[[nn.Module, "Batch"], Tensor]
+    """Sum of the loss over the counted labels of a batch, in nats; the loop divides by their number."""
+else:
+    torch = lazy("torch")
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
 OPTIMIZERS = ("adamw", "muon")
@@ -40,10 +45,6 @@ class Batch(NamedTuple):
     labels: Tensor
     """The next token at each place, -100 where none counts."""
     positions: Tensor
-
-
-Loss = Callable[[nn.Module, Batch], Tensor]
-"""Sum of the loss over the counted labels of a batch, in nats; the loop divides by their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class Recipe:
 def next_token_loss(network: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy of the next token, summed over the counted labels, in nats."""
     logits = network(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def scale(schedule: str, progress: float, warmup: float) -> float:
@@ -156,7 +157,7 @@ def _step(
         total += value.item()
     if math.isfinite(total):
         if recipe.clip:
-            nn.utils.clip_grad_norm_(trained, recipe.clip)
+            torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -166,7 +167,7 @@ def _step(
 def _optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW without decay on vectors; with ``muon``, Muon on the matrices of the blocks at an update size that matches AdamW's."""
     named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
-    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {id(module.weight) for module in network.modules() if isinstance(module, torch.nn.Embedding)}
     matrices = [p for _, p in named if p.ndim >= 2]
     vectors = [p for _, p in named if p.ndim < 2]
     inner = [p for p in matrices if p.ndim == 2 and id(p) not in embeddings] if recipe.optimizer == "muon" else []

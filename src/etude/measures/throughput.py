@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from etude.engine.cost import spend
 from etude.engine.progress import report
 from etude.engine.score import require_causal
 from etude.method import MEASUREMENTS, Method
+from etude.values.lazy import lazy
 from etude.values.measurement import HIGHER, Measurement
 from etude.values.model import Model
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Throughput(Method):
             require_causal(model, "throughput")
         for turn in range(-1, self.rounds):
             for place, model in enumerate(models):
-                read, written = self._measure(model)
+                with torch.no_grad():
+                    read, written = self._measure(model)
                 if turn >= 0:
                     prefill[place, turn], decode[place, turn] = read, written
             report("timing", turn + 2, self.rounds + 1)
@@ -46,7 +53,6 @@ class Throughput(Method):
             Measurement(name, values[place], unit="tokens/s", better=HIGHER, item_names=names) for place in range(len(models)) for name, values in (("throughput", decode), ("prefill", prefill))
         )
 
-    @torch.no_grad()
     def _measure(self, model: Model) -> tuple[float, float]:
         network = model.network
         ids = torch.full((1, self.prompt), 11, dtype=torch.long, device=network.device)

@@ -37,7 +37,6 @@ class Node:
     where: str = ""
     value: Any = None
     """A given value; computed ones are in the store."""
-    several: bool = False
     owner: str = ""
     """The step or measure that it belongs to."""
 
@@ -218,7 +217,7 @@ def _node(plan: Plan, name: str, owner: str, method: Method, inputs: Mapping[str
     for node in plan.nodes:
         if node.key == key and node.name == name:
             return node
-    node = Node(name, kind, face.output, key, method, inputs, own_seed, own_budget, axes, where, several=face.several, owner=owner)
+    node = Node(name, kind, face.output, key, method, inputs, own_seed, own_budget, axes, where, owner=owner)
     plan.nodes.append(node)
     return node
 

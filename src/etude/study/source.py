@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import inspect
-import sys
 from pathlib import Path
 
 from etude.values.digest import digest
@@ -41,15 +39,20 @@ def _read(module: str) -> tuple[str, list[str]]:
 
 @functools.cache
 def source_path(module: str) -> Path | None:
-    """The file of a module, found without importing it (its parent packages aside)."""
-    loaded = sys.modules.get(module)
-    if loaded is not None and getattr(loaded, "__file__", None):
-        return Path(inspect.getsourcefile(loaded) or loaded.__file__ or "")
+    """The file of a module; nothing of it is imported, not even what stands above it."""
+    top, *below = module.split(".")
     try:
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
-    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+    if spec is None or not spec.submodule_search_locations:
+        return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") and not below else None
+    for root in spec.submodule_search_locations:
+        place = Path(root, *below)
+        for path in (place / "__init__.py", place.with_suffix(".py")):
+            if path.is_file():
+                return path
+    return None
 
 
 def imported(tree: ast.AST, module: str, path: Path) -> list[str]:

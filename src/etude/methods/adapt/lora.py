@@ -7,8 +7,6 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from etude.engine import batch
 from etude.engine.budget import Budget
 from etude.engine.score import require_causal
@@ -97,6 +95,7 @@ class LoRA(Method):
     def _inject(self, draft: Model, seed: int) -> None:
         """Put an adapter around each chosen layer, in place; afterwards only the adapters ask for gradients."""
         import peft
+        import torch
 
         paths = self._paths(draft)
         exactly = "|".join(map(re.escape, paths))
