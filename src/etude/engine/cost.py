@@ -69,10 +69,11 @@ def peak_bytes() -> int:
 
 
 def flops_per_token(network: PreTrainedModel, length: int = 64) -> float:
-    """Floating-point operations of one forward pass, divided by its tokens; counted by torch, not estimated from sizes."""
+    """Floating-point operations of one forward pass over `length` tokens (or as many as the model reads), divided by them; counted by torch."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    length = min(length, getattr(network.config.get_text_config(), "max_position_embeddings", None) or length)
     ids = torch.full((1, length), min(10, embedding_rows(network) - 1), device=network.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if network.config.is_encoder_decoder:

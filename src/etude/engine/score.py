@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from etude.engine import batch
-from etude.engine.cost import spend
+from etude.engine.cost import flops_per_token, spend
 from etude.engine.progress import report
 from etude.values.corpus import Corpus
 from etude.values.errors import InputError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
+COUNTED_LENGTH = 128
+"""Tokens of the pass whose operations are counted for the bill."""
 LOGIT_ELEMENTS = 1 << 26
 """At most so many logits at once: 256 MiB in float32."""
 
@@ -60,7 +62,7 @@ def log_probabilities(model: Model, documents: Sequence[np.ndarray], *, window: 
             scores[part.document][part.scored - 1 : part.stop - 1] = -loss.cpu().numpy()
         done += sum(part.stop - part.start for part in chosen)
         report("scoring", done, total)
-    spend(tokens=total)
+    spend(tokens=total, flops=total * flops_per_token(network, min(window, COUNTED_LENGTH)))
     return scores
 
 
@@ -119,7 +121,7 @@ def block_changes(model: Model, rows: Sequence[np.ndarray]) -> np.ndarray:
     finally:
         for handle in handles:
             handle.remove()
-    spend(tokens=counted)
+    spend(tokens=counted, flops=counted * flops_per_token(network, COUNTED_LENGTH))
     return sums / counted
 
 

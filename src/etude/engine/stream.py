@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from etude.engine.cost import spend
+from etude.engine.cost import flops_per_token, spend
 from etude.engine.progress import report
-from etude.engine.score import padded_batches, require_causal
+from etude.engine.score import COUNTED_LENGTH, padded_batches, require_causal
 from etude.values.anatomy import Block
 from etude.values.errors import InputError
 from etude.values.model import Model
@@ -56,7 +56,8 @@ def _through(model: Model, blocks: Sequence[Block], rows: Sequence[np.ndarray], 
         for batch in batches:
             batch.hidden = batch.after(block)
         report("pruning block by block", block.index + 1, len(blocks))
-    spend(tokens=3 * sum(map(len, rows)))
+    passed = 3 * sum(map(len, rows))
+    spend(tokens=passed, flops=passed * flops_per_token(model.network, COUNTED_LENGTH))
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def moments(model: Model, rows: Sequence[np.ndarray], paths: Sequence[str]) -> d
             model.network(input_ids=ids, use_cache=False)
             done += int(real.sum())
             report("measuring channels", done, count)
-    spend(tokens=count)
+    spend(tokens=count, flops=count * flops_per_token(model.network, COUNTED_LENGTH))
     means = {path: reached(sums, path) / count for path in paths}
     return {path: (mean, ((squares[path] - count * mean.square()) / (count - 1)).clamp(min=0)) for path, mean in means.items()}
 
