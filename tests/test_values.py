@@ -53,6 +53,20 @@ def test_a_folder_of_texts_and_a_folder_of_tables(corpus, tmp_path):
     assert len(Corpus.read(tmp_path / "tables")) == 6
 
 
+def test_written_as_texts_or_parquet_it_comes_back(corpus, tmp_path):
+    texts = Corpus([{"text": "first\r\n", "path": "a.txt"}, {"text": "é", "path": "deep/b.md"}])
+    texts.write_texts(tmp_path / "texts")
+    assert Corpus.read(tmp_path / "texts").column("path") == ["a.txt", "deep/b.md"]
+    assert (tmp_path / "texts" / "a.txt").read_bytes() == b"first\r\n"
+    Corpus(["x", "y"]).write_texts(tmp_path / "numbered")
+    assert Corpus.read(tmp_path / "numbered").texts == ["x", "y"]
+    with pytest.raises(InputError, match="no place"):
+        Corpus([{"text": "x", "path": "../out.txt"}]).write_texts(tmp_path / "texts")
+    assert not (tmp_path / "out.txt").exists()
+    corpus.write_parquet(tmp_path / "c.parquet")
+    assert Corpus.read(tmp_path / "c.parquet") == corpus
+
+
 def test_datasets_round_trip(corpus):
     datasets = pytest.importorskip("datasets")
     dataset = corpus.to_dataset()

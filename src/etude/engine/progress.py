@@ -35,3 +35,13 @@ def listening(listener: Callable[[Progress], None]) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Let nothing inside report: for whoever reports on the whole that this is a part of."""
+    token = _listener.set(None)
+    try:
+        yield
+    finally:
+        _listener.reset(token)

@@ -192,12 +192,30 @@ class Corpus:
             for record in self:
                 stream.write(canonical(record).encode() + b"\n")
 
-    def save(self, folder: str | Path) -> None:
-        """Write the corpus as Parquet into a folder."""
+    def write_parquet(self, path: str | Path) -> None:
+        """Write one Parquet file."""
         import pyarrow.parquet
 
+        pyarrow.parquet.write_table(self._table, path, compression="zstd")
+
+    def write_texts(self, folder: str | Path) -> None:
+        """Write every text as a file of its own, at its `path` if there is that column, else numbered.
+
+        Raises InputError, before anything is written, if a path leads out of the folder or is of no text ending.
+        """
+        root = Path(folder).resolve()
+        paths = self.column("path") if "path" in self.columns else [f"{index:06}.txt" for index in range(len(self))]
+        for path in paths:
+            if not (root / path).resolve().is_relative_to(root) or not path.lower().endswith(TEXT_ENDINGS):
+                raise InputError(f"{path!r} is no place for a text in {folder}", remedy=f"A path stays in the folder and ends in {', '.join(TEXT_ENDINGS)}.")
+        for path, text in zip(paths, self.texts, strict=True):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(text, encoding="utf8", newline="")
+
+    def save(self, folder: str | Path) -> None:
+        """Write the corpus as Parquet into a folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(self._table, Path(folder) / FILE, compression="zstd")
+        self.write_parquet(Path(folder) / FILE)
 
     load = read
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from etude.engine.progress import report
+from etude.engine.progress import report, silent
 from etude.engine.score import mean_loss, require_causal, sample_rows
 from etude.method import Method
 from etude.values.corpus import Corpus
@@ -46,7 +46,8 @@ class SLEB(Method):
             remaining = range(count - done)
             losses = []
             for block in remaining:
-                losses.append(mean_loss(pruned.skipping(block), rows, window=self.length))
+                with silent():
+                    losses.append(mean_loss(pruned.skipping(block), rows, window=self.length))
                 report("skipping blocks in turn", done + len(losses) / len(remaining), rounds)
             pruned.anatomy.drop([int(np.argmin(losses))])
         return pruned
