@@ -4,7 +4,7 @@ A value was measured on I items under S seeds.  Both are samples: other items an
 (seeds, items) is read as two crossed random effects, one observation a cell.  With mean squares M_s, M_i, M_e of seeds, items and the rest, the
 variance of the grand mean is estimated by (M_s + M_i - M_e) / (S·I); the interval is the generalised confidence interval (Weerahandi,
 1993), which lets each mean square vary as its own chi-square does.  With three seeds it is as wide as three seeds deserve, where a bootstrap,
-or Satterthwaite's approximation (92.3 % found for nominal 95 % with three seeds and large effects of seeds and items), would be too narrow.
+or Satterthwaite's approximation where seeds and items both matter, would be too narrow.
 Differences are taken item by item and seed by seed first, so that what is hard or easy for both sides cancels.
 """
 

@@ -16,7 +16,7 @@ from etude.study import compare
 from etude.study.environment import environment
 from etude.study.expect import Term
 from etude.study.plan import Node, Plan
-from etude.study.recipe import Study
+from etude.study.recipe import Reference, Study
 from etude.study.run import Run
 from etude.study.store import write_atomically, writing
 from etude.values.digest import digest
@@ -97,10 +97,8 @@ def _judged(plan: Plan, found: _Measured) -> Iterator[compare.Outcome]:
             yield compare.Outcome(expectation.text, "undecided", compare.Estimate(float("nan")), f"{missing} was not measured")
 
 
-def _names(plan: Plan, term: Any, value: str) -> bool:
+def _names(plan: Plan, term: Term, value: str) -> bool:
     """Whether a term speaks of this value."""
-    from etude.study.recipe import Reference
-
     return any(node.name == value for node in plan.variants(Reference(term.value, term.labels), plan.study.seeds[0]))
 
 
