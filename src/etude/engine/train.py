@@ -37,8 +37,10 @@ else:
 
 COMPILE_FROM = 1e14
 """Floating-point operations of a run from which compiling the network, up to a minute, is worth its while on a processor; it gains little where documents are short."""
-MICRO_TOKENS = {"cpu": 4096, "cuda": 32768}
+MICRO_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of a micro-batch: on a processor few, since its memory is for other things too, and enough for what each operation costs beside its work."""
+LARGE, LARGE_MICRO_TOKENS = 10_000_000, 1024
+"""From so many parameters on, a processor is as fast with fewer tokens at once, and their activations are most of what training holds."""
 EXPLODED = 8.0
 """A loss so many times its first is no learning any more."""
 
@@ -230,13 +232,18 @@ class _Training:
         """
         if varlen.on(self.network) and len({len(row.ids) for row in rows}) == 1:
             rows = [row if row.positions is not None else row._replace(positions=np.arange(len(row.ids))) for row in rows]
-        size = max(1, (self.recipe.micro_tokens or MICRO_TOKENS.get(self.network.device.type, 8192)) // self.recipe.length)
+        size = max(1, (self.recipe.micro_tokens or self._micro_tokens()) // self.recipe.length)
         whole = sorted((row for row in rows if row.positions is None), key=lambda row: -len(row.ids))
         packed = [row for row in rows if row.positions is not None]
         if packed and size > 1:
             while whole and (len(whole) % size == 1 or len(packed) % size == 1):
                 packed.append(whole.pop())
         return [kind[at : at + size] for kind in (whole, packed) for at in range(0, len(kind), size)]
+
+    def _micro_tokens(self) -> int:
+        device = self.network.device.type
+        large = device == "cpu" and self.network.num_parameters() >= LARGE
+        return LARGE_MICRO_TOKENS if large else MICRO_TOKENS.get(device, 8192)
 
     def _runner(self) -> nn.Module:
         """The network, compiled from the second step on if the run is long enough to be worth it."""
