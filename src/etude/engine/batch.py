@@ -9,10 +9,15 @@ import numpy as np
 
 from etude.values.corpus import Corpus
 from etude.values.errors import InputError
+from etude.values.lazy import lazy
 from etude.values.model import Model
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+else:
+    torch = lazy("torch")
 
 IGNORED = -100
 """The label that counts in no loss, as torch and transformers have it."""
@@ -26,6 +31,17 @@ class Rows(NamedTuple):
     """The next token, or -100 where the next token belongs to another document."""
     positions: np.ndarray
     """Position in its document's part of the row; every return to 0 begins a document."""
+
+
+def padded(rows: Sequence[np.ndarray], pad: int = 0, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token rows as one tensor, and a mask that is 1 for what is no padding; each (rows, longest), int64."""
+    ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, real in enumerate(rows):
+        place = slice(ids.shape[1] - len(real), None) if left else slice(0, len(real))
+        ids[row, place] = torch.from_numpy(real)
+        mask[row, place] = 1
+    return ids, mask
 
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from etude.engine import batch
+from etude.engine import batch, forest, fused, losses
 from etude.engine.cost import flops_per_token, spend
 from etude.engine.progress import report
 from etude.values.corpus import Corpus
@@ -17,11 +17,16 @@ from etude.values.model import Model
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
+
+    from etude.engine import attention
 else:
-    torch = lazy("torch")
+    torch, attention = lazy("torch"), lazy("etude.engine.attention")
 
 COUNTED_LENGTH = 128
 """Tokens of the pass whose operations are counted for the bill."""
+ROW_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Tokens that are computed at once, where logits are made a chunk at a time."""
 LOGIT_ELEMENTS = 1 << 26
 """At most so many logits at once: 256 MiB in float32."""
 
@@ -37,6 +42,119 @@ def require_causal(model: Model, what: str) -> None:
         raise InputError(f"{what} needs a causal language model, and this is a {model.kind} one ({model.base.model_type})")
 
 
+class Scored(NamedTuple):
+    """What a model says of the tokens of a text that were not given."""
+
+    logs: np.ndarray
+    """(tokens,) float32, natural log-probabilities."""
+    greedy: np.ndarray | None
+    """(tokens,) bool, whether each is the most probable one; None if nobody asked."""
+
+
+def likelihoods(model: Model, texts: Sequence[np.ndarray], given: Sequence[int], *, greedy: bool = False, note: str = "scoring") -> list[Scored]:
+    """Log-probabilities of every text's tokens after its first `given` ones, each after all tokens before it.
+
+    texts: token ids with their start token; given: at least 1 each.  What texts begin with in common is computed once (`forest`), wherever the
+    network takes attention by pieces, and logits only where a token is predicted.  The same texts give the same bits, in whatever order they come.
+    Cost: one forward pass over the different beginnings.
+    """
+    require_causal(model, "scoring")
+    network, longest = model.network, max(map(len, texts), default=1)
+    wanted = Wanted(texts, given, greedy)
+    with torch.no_grad(), losses.headless(network), fused.fused(network), attention.by_piece(network, longest) as pieces:
+        tokens = (_by_piece if pieces else _padded)(model, wanted, note)
+    spend(tokens=tokens, flops=tokens * flops_per_token(network, min(longest, COUNTED_LENGTH)))
+    return wanted.found()
+
+
+class Wanted:
+    """Predictions that are asked for, and those that were made."""
+
+    def __init__(self, texts: Sequence[np.ndarray], given: Sequence[int], greedy: bool):
+        self.texts, self.given = texts, given
+        self._begins = np.cumsum([0, *map(len, texts)])
+        self._ids = np.concatenate([*texts, np.zeros(0, np.int64)])
+        self._logs = np.zeros(len(self._ids), np.float32)
+        self._greedy = np.zeros(len(self._ids), bool) if greedy else None
+
+    def read(self, network: PreTrainedModel, states: torch.Tensor, places: np.ndarray, wanted: np.ndarray) -> None:
+        """Predict from what the network gave, (tokens, ...) logits or what a head reads; a chunk of logits at a time.
+
+        places (reads,) of the tokens predicted from; wanted (reads, 2) as `forest.Piece` has them.
+        """
+        head = losses.head_of(network)
+        order = np.argsort(places, kind="stable")
+        at = self._begins[wanted[order, 0]] + wanted[order, 1]
+        rows, index = np.unique(places[order], return_inverse=True)
+        chosen = torch.from_numpy(rows).to(states.device)
+        size = max(1, losses.CHUNK_ELEMENTS // (states.shape[-1] if head is None else head.weight.shape[0]))
+        for begin in range(0, len(rows), size):
+            scores = states[chosen[begin : begin + size]]
+            if head is not None:
+                scores = torch.nn.functional.linear(scores, head.weight, head.bias)
+            some = slice(*np.searchsorted(index, [begin, begin + size]))
+            row, token = (torch.from_numpy(one).to(scores.device) for one in (index[some] - begin, self._ids[at[some]]))
+            scores = scores.float()
+            self._logs[at[some]] = scores.log_softmax(1)[row, token].cpu().numpy()
+            if self._greedy is not None:
+                self._greedy[at[some]] = (scores.argmax(1)[row] == token).cpu().numpy()
+
+    def found(self) -> list[Scored]:
+        """Of every text's tokens after those given."""
+        return self.at([np.arange(given, len(text)) for given, text in zip(self.given, self.texts, strict=True)])
+
+    def at(self, places: Sequence[np.ndarray]) -> list[Scored]:
+        """Of these tokens of every text."""
+        chosen = [begin + some for begin, some in zip(self._begins, places, strict=False)]
+        return [Scored(self._logs[some], None if self._greedy is None else self._greedy[some]) for some in chosen]
+
+
+def _by_piece(model: Model, wanted: Wanted, note: str) -> int:
+    """Along the trunk and its pieces; the tokens that were computed."""
+    network, root, done = model.network, forest.plan(wanted.texts, wanted.given), 0
+    total, most = root.tokens, ROW_TOKENS.get(network.device.type, 8192)
+    if losses.head_of(network) is None:
+        most = batch_tokens(model, most)
+    waiting = [(root, attention.Trunk())]
+
+    def go(row: list[forest.Piece], trunk: attention.Trunk, grow: bool = False) -> None:
+        nonlocal done
+        states, whole = attention.forward(network, row, trunk, grow), forest.side_by_side(row)
+        wanted.read(network, states, whole.places, whole.wanted)
+        done += len(whole.ids)
+        report(note, done, total)
+
+    while waiting:
+        branch, trunk = waiting.pop()
+        if branch.run is not None:
+            trunk = trunk.copied()
+            go([branch.run], trunk, grow=True)
+        for row in forest.rows(branch.pieces, most):
+            go(row, trunk)
+        waiting += [(one, trunk) for one in reversed(branch.branches)]
+    return done
+
+
+def _padded(model: Model, wanted: Wanted, note: str) -> int:
+    """Each text by itself, padded to the longest of its batch; the tokens that were computed."""
+    network, lengths = model.network, [len(text) for text in wanted.texts]
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], wanted.texts[index].tobytes()))
+    done = 0
+    for group in batch.by_length([lengths[index] for index in order], batch_tokens(model)):
+        chosen = [order[place] for place in group]
+        width = lengths[chosen[0]]
+        ids = torch.zeros(len(chosen), width, dtype=torch.long)
+        for row, index in enumerate(chosen):
+            ids[row, : lengths[index]] = torch.from_numpy(wanted.texts[index])
+        states = network(input_ids=ids.to(network.device), use_cache=False).logits.flatten(0, 1)
+        asked = [np.arange(wanted.given[index], lengths[index]) for index in chosen]
+        places = np.concatenate([row * width + one - 1 for row, one in enumerate(asked)])
+        wanted.read(network, states, places, np.stack([np.repeat(chosen, [len(one) for one in asked]), np.concatenate(asked)], 1))
+        done += sum(lengths[index] for index in chosen)
+        report(note, done, sum(lengths))
+    return done
+
+
 def log_probabilities(model: Model, documents: Sequence[np.ndarray], *, window: int = 512, stride: int = 256) -> list[np.ndarray]:
     """Natural log-probability of every token after a document's first, float32, one array a document.
 
@@ -44,31 +162,17 @@ def log_probabilities(model: Model, documents: Sequence[np.ndarray], *, window: 
     window has at least `window - stride` tokens before it.  Cost: about window / stride forward passes over the tokens.
     """
     require_causal(model, "scoring")
-    network = model.network
     parts = batch.windows([len(document) for document in documents], window, stride)
+    found = likelihoods(model, [documents[part.document][part.start : part.stop] for part in parts], [part.scored - part.start for part in parts])
     scores = [np.zeros(len(document) - 1, np.float32) for document in documents]
-    total, done = sum(part.stop - part.start for part in parts), 0
-    for group in batch.by_length([part.stop - part.start for part in parts], batch_tokens(model)):
-        chosen = [parts[index] for index in group]
-        ids = torch.zeros(len(chosen), max(part.stop - part.start for part in chosen), dtype=torch.long)
-        for row, part in enumerate(chosen):
-            ids[row, : part.stop - part.start] = torch.from_numpy(documents[part.document][part.start : part.stop])
-        with torch.no_grad():
-            logits = network(input_ids=ids.to(network.device), use_cache=False).logits
-        for row, part in enumerate(chosen):
-            begin, end = part.scored - part.start, part.stop - part.start
-            wanted = ids[row, begin:end].to(logits.device)
-            loss = torch.nn.functional.cross_entropy(logits[row, begin - 1 : end - 1].float(), wanted, reduction="none")
-            scores[part.document][part.scored - 1 : part.stop - 1] = -loss.cpu().numpy()
-        done += sum(part.stop - part.start for part in chosen)
-        report("scoring", done, total)
-    spend(tokens=total, flops=total * flops_per_token(network, min(window, COUNTED_LENGTH)))
+    for part, scored in zip(parts, found, strict=True):
+        scores[part.document][part.scored - 1 : part.stop - 1] = scored.logs
     return scores
 
 
 def mean_loss(model: Model, documents: Sequence[np.ndarray], *, window: int = 512) -> float:
     """Mean negative log-likelihood a token, in nats."""
-    scores = log_probabilities(model, documents, window=window, stride=window)
+    scores = log_probabilities(model, documents, window=window, stride=window - 1)
     return -float(np.concatenate(scores).mean(dtype=np.float64))
 
 
