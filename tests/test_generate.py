@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections import Counter
@@ -14,8 +15,8 @@ import torch
 from scipy import stats
 from texts import END, reader
 
-from etude.engine import batch, cost, generate, progress
-from etude.engine.generate import choose
+from etude.engine import batch, cost, decode, generate, progress
+from etude.engine.decode import Guide, choose
 from etude.values.corpus import Corpus
 from etude.values.errors import InputError
 from etude.values.generator import Endpoint, Generator, Policy
@@ -164,15 +165,74 @@ def test_a_saved_generator_completes_alike(tmp_path):
     assert generate.generate(again, PROMPTS, seed=5) == generate.generate(generator, PROMPTS, seed=5)
 
 
-def test_batches_are_sorted_reported_and_billed(monkeypatch, token_ids):
-    monkeypatch.setattr(generate, "BATCH_TOKENS", 40)
+def test_rows_are_refilled_reported_and_billed(monkeypatch, token_ids):
+    monkeypatch.setattr(decode, "ROWS", {"cpu": 2})
     model, reports = reader("llama"), []
     with cost.metered() as bill, progress.listening(reports.append):
         split = generate.generate(Generator(model, Policy(max_new_tokens=4)), PROMPTS)
     assert split == [theirs(model, prompt, 4) for prompt in PROMPTS]
     lengths = sorted(map(len, batch.encode(model, Corpus(PROMPTS))))
     assert bill.tokens == sum(lengths) + 3 * len(PROMPTS)
-    assert [(item.done, item.total) for item in reports] == [(1, 5), (3, 5), (5, 5)]  # 37 + 4; 15 + 4 twice; the two short ones
+    assert [(item.done, item.total) for item in reports] == [(2, 5), (4, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_uneven_completions_do_not_depend_on_who_is_beside_them(name, temperature, token_ids, monkeypatch):
+    model, prompts = reader(name), [f"{word} {place}" for place in range(3) for word in ("Rain", "The tide went out and", "x")]
+    one = Generator(model, Policy(temperature=temperature, max_new_tokens=30, stop=("e", "\x07")))
+    together = generate.generate(one, prompts, seed=4)
+    assert together == [generate.generate(one, [prompt], seed=4)[0] for prompt in prompts]
+    monkeypatch.setattr(decode, "ROWS", {"cpu": 2})
+    monkeypatch.setattr(decode, "WORTH", 1)
+    assert generate.generate(one, prompts, seed=4) == together
+    if temperature:
+        assert len({len(text) for text in together}) > 2  # rows did end at different times
+
+
+class Lookup(Guide):
+    """Proposes what came after the last token the last time, right or wrong."""
+
+    def propose(self, context: np.ndarray) -> list[int]:
+        places = np.flatnonzero(context[:-1] == context[-1])
+        return context[places[-1] + 1 : places[-1] + 4].tolist() if len(places) else [7, 8]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_proposals_change_how_fast_but_not_what(temperature, token_ids, monkeypatch):
+    model = reader("llama")
+    plain = Generator(model, Policy(temperature=temperature, max_new_tokens=25))
+    passes = []
+    monkeypatch.setattr(decode.Slots, "begin", lambda slots, width, dtype, begin=decode.Slots.begin: (passes.append(width), begin(slots, width, dtype))[1])
+    expected = generate.generate(plain, PROMPTS, seed=1)
+    alone = len(passes)
+    passes.clear()
+    assert generate.generate(plain, PROMPTS, seed=1, guide=Lookup()) == expected
+    assert max(passes) > 1
+    if temperature == 0:  # a small network repeats itself
+        assert len(passes) < alone
+
+
+class Only(Guide):
+    """Nothing but a few letters, of which one never twice."""
+
+    def adjust(self, logits: torch.Tensor, context: np.ndarray) -> torch.Tensor:
+        kept = torch.full_like(logits, -np.inf)
+        kept[[10, 11, 12]] = logits[[10, 11, 12]]
+        return kept
+
+    def forbidden(self, context: np.ndarray) -> list[int]:
+        return [int(context[-1])]
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "t5"])
+def test_a_guide_rules(name, token_ids):
+    model = reader(name)
+    for temperature in (0.0, 1.0):
+        for text in generate.generate(Generator(model, Policy(temperature=temperature, max_new_tokens=12)), ["Rain", "The tide"], guide=Only()):
+            assert set(map(ord, text)) <= {10, 11, 12}
+            assert len(text) == 12
+            assert all(one != other for one, other in itertools.pairwise(text))
 
 
 def test_what_cannot_be_completed():
@@ -258,7 +318,7 @@ def test_without_a_key_none_is_sent(endpoint, monkeypatch):
     ],
 )
 def test_a_server_that_refuses(endpoint, monkeypatch, fields, match):
-    monkeypatch.setattr(generate, "TIMEOUT", 0.2)
+    monkeypatch.setattr("etude.engine.endpoint.TIMEOUT", 0.2)
     for name, value in fields.items():
         monkeypatch.setattr(Server, name, value)
     with pytest.raises(InputError, match=match):

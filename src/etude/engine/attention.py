@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,9 +32,13 @@ class Trunk(Cache):
         self.before: tuple[Tensor, Tensor] | None = None
         """Of the layer that attends next."""
         self.grows = False
+        self.new: dict[int, tuple[Tensor, Tensor]] | None = None
+        """Keys and values of the row, by layer, for whoever puts a dictionary here."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.before = self.held.get(layer_idx)
+        if self.new is not None:
+            self.new[layer_idx] = key_states, value_states
         if self.grows:
             new = key_states, value_states
             self.held[layer_idx] = new if self.before is None else (torch.cat([self.before[0], new[0]], 2), torch.cat([self.before[1], new[1]], 2))
@@ -64,13 +68,47 @@ class _Group:
 
 
 @dataclass
-class _Now:
+class _Row:
+    """Pieces side by side, on top of a trunk."""
+
     groups: list[_Group]
     trunk: Trunk
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """query (1, heads, tokens, width), keys and values of as many heads or fewer; gives (1, tokens, heads, width)."""
+        before = self.trunk.before
+        if key.shape[1] < query.shape[1]:
+            key, value = (_for_every_head(one, query.shape[1]) for one in (key, value))
+            before = None if before is None else (_for_every_head(before[0], query.shape[1]), _for_every_head(before[1], query.shape[1]))
+        found = torch.empty((query.shape[2], query.shape[1], value.shape[3]), dtype=query.dtype, device=query.device)
+        attend = _merged if query.device.type == "cpu" and query.shape[3] == value.shape[3] else _masked
+        at = 0
+        for group in self.groups:
+            end = at + group.count * group.length
+            q, k, v = (one[0, :, at:end].unflatten(1, (group.count, group.length)).transpose(0, 1) for one in (query, key, value))
+            found[at:end].unflatten(0, (group.count, group.length)).copy_(attend(q, k, v, before, group.mask, scaling).transpose(1, 2))
+            at = end
+        return found[None]
 
-_now: _Now | None = None
-"""What the row that is computed now looks like."""
+
+class Layout(Protocol):
+    """Who sees whom in the batch that is computed now."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor: ...
+
+
+_now: Layout | None = None
+
+
+@contextmanager
+def laid_out(layout: Layout) -> Iterator[None]:
+    """Inside, a forward pass attends so; inside `by_piece` only."""
+    global _now
+    _now = layout
+    try:
+        yield
+    finally:
+        _now = None
 
 
 def forward(network: PreTrainedModel, row: Sequence[Piece], trunk: Trunk, grow: bool = False) -> Tensor:
@@ -78,14 +116,12 @@ def forward(network: PreTrainedModel, row: Sequence[Piece], trunk: Trunk, grow: 
 
     Inside `by_piece` only.  grow: add the row's one piece to the trunk.
     """
-    global _now
     whole, device = side_by_side(row), network.device
-    _now, trunk.grows = _Now(_groups(row, network.dtype, device), trunk), grow
-    try:
-        given = {"input_ids": torch.from_numpy(whole.ids)[None].to(device), "position_ids": torch.from_numpy(whole.positions)[None].to(device)}
+    given = {"input_ids": torch.from_numpy(whole.ids)[None].to(device), "position_ids": torch.from_numpy(whole.positions)[None].to(device)}
+    trunk.grows = grow
+    with laid_out(_Row(_groups(row, network.dtype, device), trunk)):
         found: Tensor = network(**given, past_key_values=trunk, use_cache=True).logits[0]
-    finally:
-        _now, trunk.grows, trunk.before = None, False, None
+    trunk.grows, trunk.before = False, None
     if grow:
         trunk.length += len(whole.ids)
     return found
@@ -116,21 +152,8 @@ def _groups(row: Sequence[Piece], dtype: torch.dtype, device: torch.device) -> l
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0, **more: Any) -> tuple[Tensor, None]:
-    """query (1, heads, tokens, width), keys and values of as many heads or fewer; gives (1, tokens, heads, width)."""
     assert _now is not None, "attention by pieces outside of a forward pass of its own"
-    before = _now.trunk.before
-    if key.shape[1] < query.shape[1]:
-        key, value = (_for_every_head(one, query.shape[1]) for one in (key, value))
-        before = None if before is None else (_for_every_head(before[0], query.shape[1]), _for_every_head(before[1], query.shape[1]))
-    found = torch.empty((query.shape[2], query.shape[1], value.shape[3]), dtype=query.dtype, device=query.device)
-    attend = _merged if query.device.type == "cpu" and query.shape[3] == value.shape[3] else _masked
-    at = 0
-    for group in _now.groups:
-        end = at + group.count * group.length
-        q, k, v = (one[0, :, at:end].unflatten(1, (group.count, group.length)).transpose(0, 1) for one in (query, key, value))
-        found[at:end].unflatten(0, (group.count, group.length)).copy_(attend(q, k, v, before, group.mask, scaling).transpose(1, 2))
-        at = end
-    return found[None], None
+    return _now.attend(query, key, value, scaling), None
 
 
 def _for_every_head(states: Tensor, heads: int) -> Tensor:

@@ -1,23 +1,19 @@
-"""Completions of prompts: the one decoding loop, and the door to completion servers."""
+"""Completions of prompts, by a model or an endpoint."""
 
 from __future__ import annotations
 
-import http.client
 import inspect
-import json
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from etude.engine import batch, score
+from etude.engine import attention, batch, decode, endpoint, losses, score
 from etude.engine.cost import spend
+from etude.engine.decode import Guide, choose, guided
 from etude.engine.progress import report
 from etude.values.corpus import Corpus
 from etude.values.digest import digest
@@ -29,26 +25,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = 1 << 13
-"""Tokens of a batch, completions included."""
-TIMEOUT = 300.0
-"""Seconds to wait for a server's answer."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+"""Tokens of a padded batch, completions included."""
 
 
-def generate(generator: Generator, prompts: Sequence[str], seed: int = 0) -> list[str]:
+def generate(generator: Generator, prompts: Sequence[str], seed: int = 0, guide: Guide | None = None) -> list[str]:
     """The completion of every prompt, without the prompt and without the stop string that ended it.
 
     A sample depends on the seed, the prompt, and how often the same prompt came before: not on what else stands in the list
     (but a model's logits differ in their last bits from batch to batch, which a draw at the very edge of a token would see).
+    guide: a decoding method's look at every step, of a model.
     Raises InputError if a prompt leaves no room for its completion, or if an endpoint does not answer as it should.
-    Cost: one forward pass over the prompts and one a new token.
+    Cost: one forward pass over the prompts, what all begin with once, and one a new token for many completions at once.
     """
     if not prompts:
         return []
-    seeds = _seeds(prompts, seed)
+    seeds, policy = _seeds(prompts, seed), generator.policy
     if isinstance(generator.source, Endpoint):
-        return _ask_all(generator.source, generator.policy, prompts, seeds)
-    return _complete_all(generator.source, generator.policy, prompts, seeds)
+        if guide is not None:
+            raise InputError("a decoding method that looks at every step needs a model, and this is an endpoint")
+        texts = []
+        for prompt, one in zip(prompts, seeds, strict=True):
+            texts.append(_cut(endpoint.ask(generator.source, policy, prompt, one), policy.stop)[0])
+            report("asking", len(texts), len(prompts), generator.source.url)
+        return texts
+    model = generator.source
+    encoded = _encode(model, prompts)
+    new = complete(model, policy, encoded, seeds, guide)
+    return [_cut(_text(model, prompt, ids), policy.stop)[0] for prompt, ids in zip(encoded, new, strict=True)]
+
+
+def complete(model: Model, policy: Policy, prompts: Sequence[np.ndarray], seeds: Sequence[int], guide: Guide | None = None) -> list[list[int]]:
+    """New tokens of prompts that are token ids, up to a stop string's last token; without the token that ends a text.
+
+    Raises InputError if the model neither continues nor answers text, or a prompt leaves no room.  Cost: as `generate`.
+    """
+    if model.kind not in ("causal", "seq2seq"):
+        raise InputError(f"generating needs a causal or an encoder–decoder model, and this is a {model.kind} one ({model.base.model_type})")
+    _check_room(model, prompts, policy)
+    network, ends = model.network, _ends(model)
+
+    def stopped(index: int, new: list[int]) -> bool:
+        return bool(policy.stop) and _says(model, prompts[index], new, policy.stop)
+
+    longest = max(map(len, prompts)) + policy.max_new_tokens
+    with losses.headless(network), attention.by_piece(network, longest) as pieces:
+        if pieces:
+            return decode.complete(network, policy, prompts, seeds, ends, stopped, guide)
+    return _together(model, policy, prompts, seeds, stopped, guide or Guide())
 
 
 def _seeds(prompts: Sequence[str], seed: int) -> list[int]:
@@ -59,25 +82,6 @@ def _seeds(prompts: Sequence[str], seed: int) -> list[int]:
         seeds.append(int(digest(seed, prompt, seen[prompt])[:7], 16))  # 28 bits: what every server takes
         seen[prompt] += 1
     return seeds
-
-
-# A model.
-
-
-def _complete_all(model: Model, policy: Policy, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    if model.kind not in ("causal", "seq2seq"):
-        raise InputError(f"generating needs a causal or an encoder–decoder model, and this is a {model.kind} one ({model.base.model_type})")
-    encoded = _encode(model, prompts)
-    sizes = [len(ids) + policy.max_new_tokens for ids in encoded]
-    _check_room(model, encoded, policy)
-    texts = [""] * len(prompts)
-    done = 0
-    for group in batch.by_length(sizes, _room(model)):
-        for index, text in zip(group, _complete(model, policy, [encoded[i] for i in group], [seeds[i] for i in group]), strict=True):
-            texts[index] = text
-        done += len(group)
-        report("generating", done, len(prompts))
-    return texts
 
 
 def _encode(model: Model, prompts: Sequence[str]) -> list[np.ndarray]:
@@ -105,49 +109,46 @@ def _takes(network: PreTrainedModel) -> list[str]:
 
 
 @torch.no_grad()
-def _complete(model: Model, policy: Policy, prompts: list[np.ndarray], seeds: list[int]) -> list[str]:
-    """One batch, a token a round, until every row has ended."""
+def _together(model: Model, policy: Policy, prompts: Sequence[np.ndarray], seeds: Sequence[int], stopped: Callable[[int, list[int]], bool], guide: Guide) -> list[list[int]]:
+    """Batches that are padded, a token a round until every row has ended: for networks that keep to one length, have a state, or an encoder."""
+    found: list[list[int]] = [[] for _ in prompts]
+    done = 0
+    for group in batch.by_length([len(ids) + policy.max_new_tokens for ids in prompts], _room(model)):
+        for index, new in zip(group, _batch(model, policy, [prompts[i] for i in group], [seeds[i] for i in group], group, stopped, guide), strict=True):
+            found[index] = new
+        done += len(group)
+        report("generating", done, len(prompts))
+    return found
+
+
+def _batch(model: Model, policy: Policy, prompts: list[np.ndarray], seeds: list[int], names: list[int], stopped: Callable[[int, list[int]], bool], guide: Guide) -> list[list[int]]:
     network, ends = model.network, _ends(model)
     inputs = _first_inputs(network, prompts)
-    randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
+    draws = torch.stack([torch.rand(policy.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     new: list[list[int]] = [[] for _ in prompts]
     open_rows = list(range(len(prompts)))
     for done in range(policy.max_new_tokens):
         output = network(**inputs, use_cache=True)
         spend(tokens=len(open_rows) if done else sum(map(len, prompts)))
-        draws = torch.stack([torch.rand((), generator=random) for random in randoms])
-        chosen = choose(output.logits[:, -1], policy, draws)
+        logits = output.logits[:, -1]
+        if type(guide) is not Guide:
+            logits = torch.stack([guided(guide, one, np.concatenate([prompts[row], new[row]]).astype(np.int64)) for row, one in enumerate(logits)])
+        chosen = choose(logits, policy, draws[:, done])
         for row, token in [(row, token) for row, token in enumerate(chosen.tolist()) if row in open_rows]:
             if token not in ends:
                 new[row].append(token)
-            if token in ends or (policy.stop and _cut(_text(model, prompts[row], new[row]), policy.stop)[1]):
+            if token in ends or stopped(names[row], new[row]):
                 open_rows.remove(row)
         if not open_rows:
             break
         inputs = _next_inputs(inputs, output, chosen)
-    return [_cut(_text(model, prompt, ids), policy.stop)[0] for prompt, ids in zip(prompts, new, strict=True)]
-
-
-def choose(logits: Tensor, policy: Policy, draws: Tensor) -> Tensor:
-    """The next token of every row.
-
-    logits: (rows, tokens); draws: (rows,), uniform in [0, 1), of which each row uses its own.  Returns (rows,).
-    Source: the smallest set of tokens with probability top_p, as in Holtzman et al., 2020, section 3.1.
-    """
-    if policy.temperature == 0:
-        return logits.argmax(-1)
-    ordered, tokens = (logits.float() / policy.temperature).sort(dim=-1, descending=True, stable=True)
-    cumulative = ordered.softmax(-1).cumsum(-1)
-    kept = 1 + (cumulative[:, :-1] < policy.top_p).sum(-1, keepdim=True)
-    total = cumulative.gather(-1, kept - 1)
-    place = torch.searchsorted(cumulative, draws.to(cumulative)[:, None] * total, right=True).minimum(kept - 1)
-    return tokens.gather(-1, place)[:, 0]
+    return new
 
 
 def _first_inputs(network: PreTrainedModel, prompts: list[np.ndarray]) -> dict[str, Any]:
     """Arguments of the first forward pass.  Padding stands before a prompt that is continued, and behind one that an encoder reads."""
     whole = network.config.is_encoder_decoder
-    ids, mask = _padded(prompts, left=not whole)
+    ids, mask = batch.padded(prompts, left=not whole)
     ids, mask = ids.to(network.device), mask.to(network.device)
     if whole:
         start = getattr(network.config, "decoder_start_token_id", None)
@@ -178,17 +179,6 @@ def _next_inputs(inputs: dict[str, Any], output: Any, chosen: Tensor) -> dict[st
     return following
 
 
-def _padded(rows: list[np.ndarray], left: bool) -> tuple[Tensor, Tensor]:
-    """Ids and mask, each (rows, longest)."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, real in enumerate(rows):
-        place = slice(ids.shape[1] - len(real), None) if left else slice(0, len(real))
-        ids[row, place] = torch.from_numpy(real)
-        mask[row, place] = 1
-    return ids, mask
-
-
 def _ends(model: Model) -> set[int]:
     """Tokens that end a completion: the tokenizer's end of text, and what the config names (chat models name several)."""
     named = model.config.get_text_config().eos_token_id
@@ -207,66 +197,16 @@ def _text(model: Model, prompt: np.ndarray, new: list[int]) -> str:
     return whole.removeprefix(before) if whole.startswith(before) else decode(new)
 
 
+def _says(model: Model, prompt: np.ndarray, new: list[int], stop: Sequence[str]) -> bool:
+    """Whether a stop string ends in the last token.  The last few tokens tell, unless some of them say nothing."""
+    longest = max(map(len, stop))
+    tail = str(model.tokenizer.decode(new[-2 * longest - 8 :], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    if len(tail) < 2 * longest or len(new) <= 2 * longest + 8:
+        tail = _text(model, prompt, new)
+    return _cut(tail, stop)[1]
+
+
 def _cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """The text up to the first stop string, and whether there was one."""
     places = [place for place in (text.find(string) for string in stop) if place >= 0]
     return (text[: min(places)], True) if places else (text, False)
-
-
-# An endpoint.
-
-
-def _ask_all(endpoint: Endpoint, policy: Policy, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    texts = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        texts.append(_cut(_ask(endpoint, policy, prompt, seed), policy.stop)[0])
-        report("asking", len(texts), len(prompts), endpoint.url)
-    return texts
-
-
-def _ask(endpoint: Endpoint, policy: Policy, prompt: str, seed: int) -> str:
-    address = endpoint.url.rstrip("/") + "/completions"
-    body: dict[str, Any] = {
-        "model": endpoint.model, "prompt": prompt, "max_tokens": policy.max_new_tokens, "temperature": policy.temperature, "top_p": policy.top_p, "seed": seed,
-    }  # fmt: skip
-    if policy.stop:
-        body["stop"] = list(policy.stop)
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {})
-    answer = _post(address, json.dumps(body).encode(), headers)
-    try:
-        data = json.loads(answer)
-        text = data["choices"][0]["text"]
-        spend(tokens=int((data.get("usage") or {}).get("total_tokens", 0)))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InputError(f"{address} answered with no completion: {answer[:200].decode(errors='replace')}", remedy="Is it an OpenAI-compatible server?") from error
-    return str(text)
-
-
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: it would carry the key to another host."""
-
-    def redirect_request(self, *arguments: Any, **named: Any) -> None:
-        return None
-
-
-def _post(address: str, body: bytes, headers: dict[str, str]) -> bytes:
-    """Send and receive.  Raises InputError if the server cannot be reached, is too slow, or refuses."""
-    if urlsplit(address).scheme not in ("http", "https"):
-        raise InputError(f"an endpoint's url begins with http:// or https://, got {address}")
-    handlers: list[urllib.request.BaseHandler] = [_Stay()]
-    if urlsplit(address).hostname in LOOPBACK:
-        handlers.append(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(address, body, headers, method="POST")
-    try:
-        with urllib.request.build_opener(*handlers).open(request, timeout=TIMEOUT) as response:
-            return bytes(response.read())
-    except urllib.error.HTTPError as error:
-        said = error.read(300).decode(errors="replace").strip()
-        remedy = "Set the key's environment variable." if error.code in (401, 403) else None
-        raise InputError(f"{address} answered {error.code} {error.reason}: {said}", remedy=remedy) from error
-    except TimeoutError as error:
-        raise InputError(f"{address} did not answer within {TIMEOUT:g} seconds") from error
-    except (OSError, http.client.HTTPException) as error:  # urllib.error.URLError is an OSError
-        reason = getattr(error, "reason", error)
-        slow = isinstance(reason, TimeoutError)
-        raise InputError(f"{address} did not answer within {TIMEOUT:g} seconds" if slow else f"{address} cannot be reached: {reason}", remedy="Is the server running?") from error
