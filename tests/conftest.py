@@ -62,7 +62,7 @@ def tiny(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny")
     text = Corpus([
-        {"text": one, "path": f"{place}.txt", "source": f"{place % 3}.example", "prompt": f"{one[:12]}:", "completion": f" {one[12:24]}\n"}
+        {"text": one, "path": f"{place}.txt", "source": f"{place % 3}.example", "prompt": f"{one[:12]}:", "completion": f" {one[12:24]}\n", "test": "pass"}
         | {"step": place + 1, "learning_rate": 1e-3 * (1 - place / 80), "loss": 3 + 4 / (place + 2)}
         for place, one in enumerate(sentences(40, 1))
     ])  # fmt: skip

@@ -22,6 +22,7 @@ from etude.values import checkpoint
 from etude.values.corpus import Corpus
 from etude.values.digest import canonical, digest
 from etude.values.errors import InputError
+from etude.values.generator import Generator, Policy
 from etude.values.measurement import Measurement
 from etude.values.model import Model
 
@@ -43,6 +44,9 @@ SMALL = {
     "heads": 4,
     "intermediate_size": 48,
     "every": 2,
+    "records": 4,
+    "repeats": 1,
+    "execute": True,
 }
 """Fields that only decide how much is computed, made small; shares and rates keep their defaults."""
 
@@ -50,12 +54,12 @@ SMALL = {
 def quick(cls):
     """The method with its defaults, but little to do."""
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in SMALL.items() if type(fields.get(name)) in (int, type(None)) and name in fields})
+    return cls(**{name: value for name, value in SMALL.items() if type(fields.get(name)) in (int, bool, type(None)) and name in fields})
 
 
 def inputs(cls, tiny, kind="base"):
     """Every input that a method may take, of its kind; models from the folder of this name."""
-    kinds = {Model: lambda: Model.load(tiny / kind), Corpus: lambda: Corpus.read(tiny / "text.jsonl")}
+    kinds = {Model: lambda: Model.load(tiny / kind), Corpus: lambda: Corpus.read(tiny / "text.jsonl"), Generator: lambda: Generator(Model.load(tiny / kind), Policy(temperature=1.0, max_new_tokens=4))}
     face = interface(cls)
     found = {slot.name: [kinds[slot.kind]()] if slot.many else kinds[slot.kind]() for slot in face.inputs}
     if face.seeded:
@@ -89,8 +93,8 @@ def content(value) -> str:
 
 
 def clocked(cls) -> bool:
-    """Whether a method measures time, and so never gives the same number twice."""
-    return dotted_name(cls) == "throughput"
+    """Whether a method measures time or the process's memory, and so never gives the same number twice."""
+    return dotted_name(cls) in ("latency", "memory", "throughput")
 
 
 def test_something_is_discovered():

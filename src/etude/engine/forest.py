@@ -58,11 +58,12 @@ def shared(one: np.ndarray, other: np.ndarray) -> int:
 
 
 class _Sorted:
-    """Texts in the order of their tokens, and how far each begins like the one before it."""
+    """What is read of each text, in the order of tokens, and how far each begins like the one before it."""
 
     def __init__(self, texts: Sequence[np.ndarray], given: Sequence[int]):
-        self.order = sorted(range(len(texts)), key=lambda index: texts[index].astype(">u4").tobytes())
-        self.texts = [texts[index] for index in self.order]
+        read = [text[:-1] for text in texts]  # nothing is predicted from a last token
+        self.order = sorted(range(len(texts)), key=lambda index: read[index].astype(">u4").tobytes())
+        self.texts = [read[index] for index in self.order]
         self.given = [given[index] for index in self.order]
         self.alike = np.array([0, *(shared(one, other) for one, other in itertools.pairwise(self.texts))], np.int64)
         self._lengths = np.cumsum([0, *map(len, self.texts)])
@@ -83,7 +84,7 @@ class _Sorted:
 
     def reads(self, index: int, begin: int, end: int) -> np.ndarray:
         """Depths from begin to end whose next token is to be predicted."""
-        return np.arange(max(self.given[index] - 1, begin), min(end, len(self.texts[index]) - 1))
+        return np.arange(max(self.given[index] - 1, begin), min(end, len(self.texts[index])))
 
     def run(self, low: int, high: int, begin: int, end: int) -> Piece:
         """What all of these share between two depths."""
