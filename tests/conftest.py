@@ -54,6 +54,17 @@ def sentences(count: int, seed: int) -> list[str]:
     return [" ".join(draw.choice(WORDS) for _ in range(draw.randint(20, 80))) for _ in range(count)]
 
 
+TASK = """task: tiny_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: prompt
+doc_to_choice: choices
+doc_to_target: answer
+"""
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with a tiny checkpoint, two small corpora, and a study of them."""
@@ -63,6 +74,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     text = Corpus([
         {"text": one, "path": f"{place}.txt", "source": f"{place % 3}.example", "prompt": f"{one[:12]}:", "completion": f" {one[12:24]}\n", "test": "pass"}
+        | {"choices": [one[12:20], one[20:24], "no"], "answer": place % 3}
         | {"step": place + 1, "learning_rate": 1e-3 * (1 - place / 80), "loss": 3 + 4 / (place + 2)}
         for place, one in enumerate(sentences(40, 1))
     ])  # fmt: skip
@@ -72,6 +84,7 @@ def tiny(tmp_path_factory):
         size = {"vocabulary": 300, "hidden_size": 32, "blocks": 3, "heads": 4, "key_value_heads": 2, "intermediate_size": 48, "max_length": 128}
         Initialize(kind=kind, **size)(text, seed=0).save(folder / name)
     (folder / "study.yaml").write_text(STUDY)
+    (folder / "task.yaml").write_text(TASK.format(data=folder / "text.jsonl"))
     return folder
 
 

@@ -51,10 +51,11 @@ SMALL = {
 """Fields that only decide how much is computed, made small; shares and rates keep their defaults."""
 
 
-def quick(cls):
+def quick(cls, tiny):
     """The method with its defaults, but little to do."""
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
-    return cls(**{name: value for name, value in SMALL.items() if type(fields.get(name)) in (int, bool, type(None)) and name in fields})
+    task = {"task": str(tiny / "task.yaml")} if cls.__name__ == "Harness" else {}
+    return cls(**{name: value for name, value in SMALL.items() if type(fields.get(name)) in (int, bool, type(None)) and name in fields}, **task)
 
 
 def inputs(cls, tiny, kind="base"):
@@ -74,7 +75,7 @@ def suited(cls, tiny):
     """Which of the tiny models a method takes: the first that it does not refuse for its kind."""
     for kind in ("base", "masked", "seq2seq"):
         try:
-            quick(cls)(**inputs(cls, tiny, kind))
+            quick(cls, tiny)(**inputs(cls, tiny, kind))
             return kind
         except InputError as error:
             if "and this is a" not in str(error):
@@ -142,7 +143,7 @@ def test_it_leaves_inputs_alone_repeats_itself_and_survives_saving(cls, tiny, tm
     given = inputs(cls, tiny, kind)
     flat = [item for value in given.values() for item in (value if isinstance(value, list) else [value]) if isinstance(item, (Model, Corpus))]
     before = [content(item) for item in flat]
-    method = quick(cls)
+    method = quick(cls, tiny)
     made = method(**given)
     assert [content(item) for item in flat] == before, "an input was changed"
     assert all(not parameter.is_meta for item in flat if isinstance(item, Model) for parameter in item.network.parameters())
@@ -163,7 +164,7 @@ def test_it_leaves_inputs_alone_repeats_itself_and_survives_saving(cls, tiny, tm
 @pytest.mark.parametrize("name", ["compress.drop_blocks", "pretrain.causal_lm", "pretrain.denoise", "adapt.lora", "pretrain.initialize"])
 def test_another_seed_gives_another_result(name, tiny):
     cls = find("methods", name)
-    method = cls(choose="random", blocks=0.34) if name == "compress.drop_blocks" else quick(cls)
+    method = cls(choose="random", blocks=0.34) if name == "compress.drop_blocks" else quick(cls, tiny)
     found = {content(method(**{**inputs(cls, tiny, suited(cls, tiny)), "seed": seed})) for seed in range(6)}
     assert len(found) > 1
 
