@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from etude.cli import claims, methods, papers, show, store, studies
+from etude.cli import claims, compare, methods, papers, show, store, studies
 from etude.cli.options import MISTAKE
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(show.show)
 app.add_typer(papers.app, name="papers")
 app.add_typer(claims.app, name="claims")
 app.command()(studies.report)
+app.command()(compare.compare)
 app.command()(studies.export)
 app.add_typer(store.app, name="store")
 

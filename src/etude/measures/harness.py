@@ -72,9 +72,9 @@ class Harness(Method):
         measurements: list[Measurement] = []
         for task, samples in sorted(found["samples"].items()):
             higher = found["higher_is_better"].get(task, {})
-            for (metric, kind), rows in sorted(_by_metric(samples).items()):
+            for (metric, kind), rows in sorted(by_metric(samples).items()):
                 name = f"{task}.{metric}" if several else metric
-                measurement = _measurement(name if kind == "none" else f"{name}.{kind}", metric, rows, bool(higher.get(metric, True)))
+                measurement = of_metric(name if kind == "none" else f"{name}.{kind}", metric, rows, bool(higher.get(metric, True)))
                 if measurement is not None:
                     measurements.append(measurement)
         if not measurements:
@@ -111,7 +111,7 @@ def _name(path: Path) -> str:
     return str(read["task"])
 
 
-def _by_metric(samples: list[dict[str, Any]]) -> dict[tuple[str, str], list[tuple[str, Any]]]:
+def by_metric(samples: list[dict[str, Any]]) -> dict[tuple[str, str], list[tuple[str, Any]]]:
     """Each metric's values by document, for each of a task's filters."""
     found: dict[tuple[str, str], list[tuple[str, Any]]] = {}
     for sample in samples:
@@ -120,8 +120,8 @@ def _by_metric(samples: list[dict[str, Any]]) -> dict[tuple[str, str], list[tupl
     return found
 
 
-def _measurement(name: str, metric: str, rows: list[tuple[str, Any]], higher: bool) -> Measurement | None:
-    """None if the values are no numbers."""
+def of_metric(name: str, metric: str, rows: list[tuple[str, Any]], higher: bool) -> Measurement | None:
+    """A metric's measurement from its values by document; None if they are no numbers."""
     items, values = tuple(item for item, _ in rows), [value for _, value in rows]
     if metric in OF_TEXT:
         scale, unit = OF_TEXT[metric]
