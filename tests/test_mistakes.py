@@ -70,6 +70,7 @@ RECIPES = {
     "code in an expectation": ("study: s\ngiven:\n  base: {model: ./base}\nmeasure:\n  size: {of: base}\nexpect:\n  - __import__('os').getpid() < base.size\n", ["something else than"], 7),
     "expectation of nothing": ("study: s\ngiven:\n  base: {model: ./base}\nmeasure:\n  size: {of: base}\nexpect:\n  - base.perplexity < 3\n", ["nothing measures 'perplexity'"], 7),
     "unknown measure": ("study: s\ngiven:\n  base: {model: ./base}\nmeasure:\n  sise: {of: base}\n", ["no measure 'sise'", "'size'"], 5),
+    "settings within use": ("study: s\ngiven:\n  base: {model: ./base}\nmeasure:\n  fast: {use: {size: {}}, of: base}\n", ["a measure's name"], 5),
     "seeds": ("study: s\nseeds: 0\nmeasure:\n  size: {of: base}\n", ["seeds"], 2),
 }
 

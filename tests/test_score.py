@@ -165,6 +165,11 @@ def test_an_encoder_decoder_writes_the_completion(name):
         np.testing.assert_allclose(scored.logs, -loss.numpy(), atol=1e-4)
 
 
+def test_a_text_longer_than_the_positions_is_refused():
+    with pytest.raises(InputError, match="cannot read 80 tokens"):
+        score.likelihoods(small("gpt2"), [np.arange(80)], [1])
+
+
 def test_wrong_kinds_are_refused():
     texts = [np.array([1, 2, 3])]
     with pytest.raises(InputError, match="causal"):

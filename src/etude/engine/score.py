@@ -25,7 +25,7 @@ else:
 
 COUNTED_LENGTH = 128
 """Tokens of the pass whose operations are counted for the bill."""
-ROW_TOKENS = {"cpu": 2048, "cuda": 16384}
+ROW_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens that are computed at once, where logits are made a chunk at a time."""
 LOGIT_ELEMENTS = 1 << 26
 """At most so many logits at once: 256 MiB in float32."""
@@ -62,7 +62,10 @@ def likelihoods(model: Model, texts: Sequence[np.ndarray], given: Sequence[int],
     network, longest = model.network, max(map(len, texts), default=1)
     wanted = Wanted(texts, given, greedy)
     with torch.no_grad(), losses.headless(network), fused.fused(network), attention.by_piece(network, longest) as pieces:
-        tokens = (_by_piece if pieces else _padded)(model, wanted, note)
+        try:
+            tokens = (_by_piece if pieces else _padded)(model, wanted, note)
+        except IndexError as error:  # of a table of positions
+            raise InputError(f"this {model.base.model_type} cannot read {longest} tokens at once: {error}", remedy="Set a smaller window, or give shorter texts.") from error
     spend(tokens=tokens, flops=tokens * flops_per_token(network, min(longest, COUNTED_LENGTH)))
     return wanted.found()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from etude.measures._choices import Choices
+from etude.measures.membership import auroc_items
 from etude.method import MEASUREMENTS
 from etude.values.corpus import Corpus
 from etude.values.measurement import HIGHER, Measurement
@@ -20,8 +21,7 @@ class Calibration(Choices):
     - ``ece``: expected calibration error, in `bins` of equal width (Guo et al., 2017, section 2).  An item is its confidence less 1 or 0, with the sign of its
       bin's gap, so that the mean over items is the error.  It is biased upwards for few items.
     - ``brier``: squared error of the choices' probabilities, summed over choices (Brier, 1950): from 0 to 2.
-    - ``auroc``: how often a right answer is more confident than a wrong one, ties half; an item is the share of the other kind that it is on the right side of, each kind half of the
-      weight.  Left out if all answers are right, or none.
+    - ``auroc``: how often a right answer is more confident than a wrong one, ties half; items are DeLong's influences.  Left out if all answers are right, or none.
     - ``selective_risk``: the area under the curve of risk against coverage (Geifman and El-Yaniv, 2017): the mean error rate among the most confident, over all coverages.
 
     Each question is an item.  Reads the columns prompt, choices and answer.  Cost: that of `multiple_choice`.
@@ -48,8 +48,9 @@ class Calibration(Choices):
             Measurement("selective_risk", risks(confidence, right), item_names=names),
         ]
         if 0 < right.sum() < len(right):
-            items, weights = ranked(confidence, right > 0)
-            found.append(Measurement("auroc", items, better=HIGHER, weights=weights, item_names=names))
+            items = np.empty(len(right))
+            items[right > 0], items[right == 0] = np.split(auroc_items(confidence[right > 0], confidence[right == 0]), [int(right.sum())])
+            found.append(Measurement("auroc", items, better=HIGHER, item_names=names))
         return tuple(found)
 
 
@@ -69,13 +70,3 @@ def risks(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
     found = np.empty(len(order))
     found[order] = (1 - right[order]) * shared
     return found
-
-
-def ranked(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Items and weights whose weighted mean is the area under the ROC curve: for each, the share of the other kind that it is on the right side of (DeLong et al., 1988), ties half."""
-    above = np.sort(scores[~positive])
-    below = np.sort(scores[positive])
-    items = np.empty(len(scores))
-    items[positive] = (np.searchsorted(above, scores[positive], "left") + np.searchsorted(above, scores[positive], "right")) / 2 / len(above)
-    items[~positive] = 1 - (np.searchsorted(below, scores[~positive], "left") + np.searchsorted(below, scores[~positive], "right")) / 2 / len(below)
-    return items, np.where(positive, len(scores) / len(below), len(scores) / len(above)) / 2

@@ -316,6 +316,8 @@ class _Reader:
         if not isinstance(value, dict):
             raise InputError("a measure is written as {of: […], on: …}", where=self.where(*path))
         name = value.get("use", key)
+        if not isinstance(name, str):
+            raise InputError(f"`use:` is a measure's name, got {name!r}", where=self.where(*path, "use"), remedy="Its settings stand beside it: {use: NAME, of: […], setting: value}.")
         cls = self.located(lambda: find("measures", name), *(path if name == key else (*path, "use")))
         method = self.fields(cls, {k: v for k, v in value.items() if k not in ("of", "on", "use")}, path, also={"of", "on", "use"})
         if "of" not in value:
