@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Harness(Method):
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         path = self.path()
-        manager = TaskManager(include_path=None if path is None else str(path.parent))
+        manager = TaskManager() if path is None else TaskManager(include_path=str(path.parent), include_defaults=False)  # reading lm-eval's own takes ten seconds
         name = self.task if path is None else _name(path)
         if name not in manager.all_tasks:
             raise InputError(f"lm-eval has no task {name!r}", remedy="`lm-eval ls tasks` lists them; a file of your own ends in .yaml.")
@@ -133,14 +133,18 @@ def of_metric(name: str, metric: str, rows: list[tuple[str, Any]], higher: bool)
 
 
 @contextlib.contextmanager
-def quiet():  # type: ignore[no-untyped-def]
-    """Inside, lm-eval's own bars are off: the engine reports its progress."""
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
+def quiet() -> Iterator[None]:
+    """Inside, bars of others are off, since the engine reports its progress, and lm-eval does not ask git where it is."""
+    import tqdm
+    from lm_eval import evaluator
+
+    begin, ask = tqdm.std.tqdm.__init__, evaluator.get_git_commit_hash
+
+    def unseen(self: Any, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **{**named, "disable": True})
+
+    tqdm.std.tqdm.__init__, evaluator.get_git_commit_hash = unseen, lambda: None
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
+        tqdm.std.tqdm.__init__, evaluator.get_git_commit_hash = begin, ask
