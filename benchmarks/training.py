@@ -142,6 +142,11 @@ def shares(run: Callable[[int], dict[str, Any]]) -> dict[str, float]:
     run(2)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         run(4)
+    return kinds(seen)
+
+
+def kinds(seen: Any) -> dict[str, float]:
+    """Shares of a profile's time."""
     found = {"products": 0.0, "attention": 0.0, "else": 0.0}
     for row in seen.key_averages():
         kind = "products" if row.key in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm") else "attention" if "dot_product" in row.key else "else"

@@ -141,3 +141,24 @@ def test_frozen_weights_get_no_gradient_and_a_network_of_bfloat16_is_left_alone(
     half = copy.deepcopy(network).to(torch.bfloat16)
     with fused.fused(half):
         assert not any("forward" in vars(module) for module in half.modules())
+
+
+# Products of few rows.
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_few_rows_are_those_of_linear(bias):
+    layer = torch.nn.Linear(256, 600, bias=bias)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad(), fused.narrow(torch.nn.Sequential(layer)):
+            assert "forward" in vars(layer)
+            for shape in ((1,), (3,), (4,), (2, 5), (32,), (33,), (8, 2, 2)):
+                states = torch.randn(*shape, 256)
+                found = layer(states)
+                assert found.is_contiguous()
+                torch.testing.assert_close(found, states @ layer.weight.T + (layer.bias if bias else 0), rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+    assert "forward" not in vars(layer)

@@ -72,7 +72,11 @@ def outcome_table(found: dict[str, Any]) -> None:
     cells = {(row["of"], row["measure"], row["part"]): row["estimate"] for row in rows}
     values = list(dict.fromkeys(row["of"] for row in rows))
     header = ["", *(part.replace("_", " ") + (f" ({unit})" if unit and unit != "parameters" else "") for _, part, unit in main)]
-    table(header, [[value, *(interval(cells.get((value, measure, part))) for measure, part, _ in main)] for value in values])
+    marks = found.get("marks") or {}
+    table(header, [[value + " †" * (value in marks), *(interval(cells.get((value, measure, part))) for measure, part, _ in main)] for value in values])
+    for value, notes in marks.items():
+        if value in values:
+            typer.echo(f"† {value} was not treated like the other variants: {'; '.join(notes)}")
 
 
 def expectations(found: dict[str, Any]) -> None:

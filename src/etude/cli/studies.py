@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,7 +53,8 @@ def run(
 def plan(study: StudyFile, set_: Overrides = None, seeds: Seeds = None, store: StoreAt = None, as_json: AsJson = False) -> None:
     """Show what a study would compute, what the store already has, and what the rest may cost; computes nothing.
 
-    Seconds are those of the same method's earlier runs in this store, where there are any.
+    Seconds and peak memory are those of the same method's earlier runs in this store; where there are none, and the method trains or measures speed or
+    perplexity, they are estimated from the model's size and from what this machine can do, which is measured once a store: these have a ~ before them.
     """
     unrolled = planned(study, set_, seeds)
     place = opened(store)
@@ -63,27 +64,29 @@ def plan(study: StudyFile, set_: Overrides = None, seeds: Seeds = None, store: S
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    console.table(
-        ["", "method", "seed", "state", "seconds", "tokens"],
-        [
-            [
-                row["name"],
-                row["method"] or "",
-                console.dash(row["seed"]),
-                row["state"],
-                console.dash(row["seconds"] and f"{row['seconds']:.1f}"),
-                console.dash(row["tokens"] and f"{row['tokens']:,.0f}"),
-            ]
-            for row in rows
-        ],
-    )
+    console.table(["", "method", "seed", "state", "seconds", "peak MB", "tokens"], [_planned_row(row) for row in rows])
     left = [row for row in rows if row["state"] == "to compute"]
-    known = [row["seconds"] for row in left if row["seconds"] is not None]
+    known = [row["seconds"] for row in left if row["source"] == "record"]
+    foretold = [row["seconds"] for row in left if row["source"] == "estimate"]
     typer.echo(
         f"\n{len(left)} to compute"
         + (f", about {console.duration(sum(known))} for the {len(known)} whose like ran before" if known else "")
+        + (f", ~{console.duration(sum(foretold))} by estimate for {len(foretold)}" if foretold else "")
         + f"; models up to {max((row['bytes'] for row in rows), default=0) / 1e6:.0f} MB of weights"
     )
+
+
+def _planned_row(row: dict[str, Any]) -> list[str]:
+    about = "~" if row["source"] == "estimate" else ""
+    return [
+        row["name"],
+        (row["method"] or "") + (f", {row['trials']} trials" if row["trials"] > 1 else ""),
+        console.dash(row["seed"]),
+        row["state"],
+        console.dash(row["seconds"] and f"{about}{row['seconds']:.1f}"),
+        console.dash(row["peak_bytes"] and f"{about}{row['peak_bytes'] / 1e6:.0f}"),
+        console.dash(row["tokens"] and f"{row['tokens']:,.0f}"),
+    ]
 
 
 def report(

@@ -10,7 +10,7 @@ import numpy as np
 from etude.engine import batch, forest, fused, losses, prompted, score
 from etude.engine.cost import flops_per_token, spend
 from etude.engine.progress import report
-from etude.engine.score import COUNTED_LENGTH, ROW_TOKENS, Scored, Wanted
+from etude.engine.score import COUNTED_LENGTH, Scored, Wanted, row_tokens
 from etude.values.errors import InputError
 from etude.values.lazy import lazy
 from etude.values.model import Model
@@ -112,7 +112,7 @@ def target_likelihoods(model: Model, sources: Sequence[np.ndarray], targets: Seq
 def _batches(lengths: Sequence[int], keys: Sequence[bytes], model: Model) -> Iterator[list[int]]:
     """Items in batches of like length, in an order that does not depend on theirs."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], keys[index]))
-    most = ROW_TOKENS.get(model.network.device.type, 8192)
+    most = row_tokens(model.network.device.type, model.network.num_parameters())
     if losses.head_of(model.network) is None:
         most = score.batch_tokens(model, most)
     for group in batch.by_length([lengths[index] for index in order], most):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from etude.engine import attention, losses
+from etude.engine import attention, fused, losses
 from etude.engine.attention import Trunk
 from etude.engine.cost import spend
 from etude.engine.forest import Piece, shared
@@ -167,7 +167,7 @@ class _Line:
     index: int
     prompt: np.ndarray
     draws: Tensor
-    """(max_new_tokens,) uniform: a sample depends on its own seed alone."""
+    """(2 · max_new_tokens,): a sample depends on its own seed alone."""
     new: list[int] = field(default_factory=list)
 
     @property
@@ -189,7 +189,8 @@ def complete(
     prompts: token ids with their start token; stopped: whether a prompt (by its place) has said enough with these new tokens.
     Cost: a forward pass over the prompts, what all begin with once, and one a new token for as many rows as there is room for.
     """
-    return _Writing(network, policy, prompts, seeds, ends, stopped, guide).run()
+    with fused.narrow(network):
+        return _Writing(network, policy, prompts, seeds, ends, stopped, guide).run()
 
 
 @dataclass
@@ -245,7 +246,7 @@ class _Writing:
             ends = np.cumsum([len(piece.ids) for piece in own])
             spend(tokens=int(ends[-1]))
             logits = self._logits(states[torch.from_numpy(ends - 1).to(states.device)])
-            lines = [_Line(index, self.prompts[index], torch.rand(self.policy.max_new_tokens, generator=torch.Generator().manual_seed(self.seeds[index]))) for index in some]
+            lines = [_Line(index, self.prompts[index], _draws(self.policy.max_new_tokens, self.seeds[index])) for index in some]
             for line, end, piece in zip(lines, ends.tolist(), own, strict=True):
                 parts = {layer: [self.trunk.held[layer]] if self.trunk.length else [] for layer in new}
                 for layer, (keys, values) in new.items():
@@ -285,7 +286,7 @@ class _Writing:
 
     def _logits(self, states: Tensor) -> Tensor:
         head = losses.head_of(self.network)
-        return states if head is None else torch.nn.functional.linear(states, head.weight, head.bias)
+        return states if head is None else fused.turned(states, head.weight, head.bias)
 
     def _choose(self, logits: Tensor, lines: Sequence[_Line], drafts: Sequence[Sequence[int]]) -> list[list[int]]:
         """For each row the tokens chosen at every place of the step, logits (rows, step, tokens); those behind a wrong proposal mean nothing."""
@@ -293,7 +294,7 @@ class _Writing:
         if self.guide:
             contexts = [np.concatenate([line.context, np.array(draft[:place], np.int64)]) for line, draft in zip(lines, drafts, strict=True) for place in range(step)]
             logits = torch.stack([guided(self.guide, one, context) for one, context in zip(logits.flatten(0, 1), contexts, strict=True)])
-        draws = torch.stack([torch.nn.functional.pad(line.draws[len(line.new) : len(line.new) + step], (0, max(0, len(line.new) + step - len(line.draws)))) for line in lines])
+        draws = torch.stack([line.draws[len(line.new) : len(line.new) + step] for line in lines])
         return choose(logits.reshape(-1, size), self.policy, draws.flatten()).view(rows, step).tolist()  # type: ignore[no-any-return]
 
     def _take(self, line: _Line, tokens: Sequence[int]) -> bool:
@@ -313,6 +314,11 @@ class _Writing:
             last = self.lines.pop()
             if row < len(self.lines):
                 self.lines[row] = last
+
+
+def _draws(count: int, seed: int) -> Tensor:
+    """As many uniform numbers, and zeros for the places behind the end that a step of other rows' proposals reaches."""
+    return torch.cat([torch.rand(count, generator=torch.Generator().manual_seed(seed)), torch.zeros(count)])
 
 
 def _chain(ids: np.ndarray, begin: int) -> Piece:

@@ -27,6 +27,8 @@ COUNTED_LENGTH = 128
 """Tokens of the pass whose operations are counted for the bill."""
 ROW_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens that are computed at once, where logits are made a chunk at a time."""
+LARGE, LARGE_ROW_TOKENS = 10_000_000, 2048
+"""Parameters from which a processor takes fewer at once: as fast, in less memory."""
 LOGIT_ELEMENTS = 1 << 26
 """At most so many logits at once: 256 MiB in float32."""
 
@@ -34,6 +36,11 @@ LOGIT_ELEMENTS = 1 << 26
 def batch_tokens(model: Model, most: int = 8192) -> int:
     """How many tokens fit into one forward pass."""
     return max(64, min(most, LOGIT_ELEMENTS // int(model.config.get_text_config().vocab_size)))
+
+
+def row_tokens(device: str, parameters: int) -> int:
+    """How many tokens are computed at once on a device, by a network with so many parameters."""
+    return LARGE_ROW_TOKENS if device == "cpu" and parameters >= LARGE else ROW_TOKENS.get(device, 8192)
 
 
 def require_causal(model: Model, what: str) -> None:
@@ -115,7 +122,7 @@ class Wanted:
 def _by_piece(model: Model, wanted: Wanted, note: str) -> int:
     """Along the trunk and its pieces; the tokens that were computed."""
     network, root, done = model.network, forest.plan(wanted.texts, wanted.given), 0
-    total, most = root.tokens, ROW_TOKENS.get(network.device.type, 8192)
+    total, most = root.tokens, row_tokens(network.device.type, network.num_parameters())
     if losses.head_of(network) is None:
         most = batch_tokens(model, most)
     waiting = [(root, attention.Trunk())]

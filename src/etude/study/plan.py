@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from etude.engine.budget import Budget
@@ -11,11 +12,23 @@ from etude.method import Method, find, interface
 from etude.study.expect import Term
 from etude.study.recipe import WORLD, Reference, Source, Study
 from etude.study.source import code_digest
+from etude.study.tune import Tune
 from etude.values.corpus import Corpus
 from etude.values.digest import digest
 from etude.values.errors import InputError, nearest
 from etude.values.generator import Generator
 from etude.values.model import Model
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a node's parameters are found: `study/search.py` walks it."""
+
+    tune: Tune
+    slot: str
+    """Of the measure, for what is judged."""
+    on: Mapping[str, list[Node]]
+    """The measure's further inputs."""
 
 
 @dataclass
@@ -39,6 +52,8 @@ class Node:
     """A given value; computed ones are in the store."""
     owner: str = ""
     """The step or measure that it belongs to."""
+    search: Search | None = None
+    """If some of the method's parameters are searched for; those of `method` are then the ones that the recipe wrote."""
 
     def seeds(self) -> set[int]:
         """Every seed that had a part in it."""
@@ -58,6 +73,7 @@ class Node:
             "name": self.label, "method": face.name, "parameters": {p.name: getattr(self.method, p.name) for p in face.parameters},
             "inputs": {slot: [node.key for node in nodes] for slot, nodes in self.inputs.items()},
             "seed": self.seed, "budget": str(self.budget) if self.budget else None, "code": code_digest(type(self.method).__module__),
+            **({"tune": self.search.tune.as_data()} if self.search else {}),
         }  # fmt: skip
 
 
@@ -191,7 +207,28 @@ def _instances(plan: Plan, name: str, seed: int) -> Iterator[Node]:
                     if not issubclass(node.output, slot.kind):
                         raise InputError(f"{face.name} takes a {slot.kind.__name__.lower()} as {slot.name}, and {reference} is a {node.output.__name__.lower()}", where=reference.where)
             own = {**axes, name: label} if label else axes
-            yield _node(plan, f"{name}[{', '.join(own.values())}]" if own else name, name, method, inputs, seed, step.budget, own, step.where, "step")
+            search = _search(plan, step.tune, face.output, seed) if step.tune else None
+            yield _node(plan, f"{name}[{', '.join(own.values())}]" if own else name, name, method, inputs, seed, step.budget, own, step.where, "step", search)
+
+
+def _search(plan: Plan, tune: Tune, made: type, seed: int) -> Search:
+    """A search with the nodes of its corpora.  Raises InputError if it is judged on what a measure reports, or cannot be judged."""
+    face = interface(type(tune.by.method))
+    first, *rest = face.inputs
+    if not issubclass(made, first.kind):
+        raise InputError(f"{face.name} measures a {first.kind.__name__.lower()} as {first.name}, and the step makes a {made.__name__.lower()}", where=tune.by.where)
+    on = [node for reference in tune.by.on for node in plan.variants(reference, seed)]
+    reported = {node.key for measure in plan.study.measures.values() for reference in measure.everything for node in plan.variants(reference, seed)}
+    for node in on:
+        if not issubclass(node.output, rest[0].kind):
+            raise InputError(f"{face.name} measures a {rest[0].kind.__name__.lower()} as {rest[0].name}, and {node.name} is a {node.output.__name__.lower()}", where=tune.by.where)
+        if node.key in reported:
+            raise InputError(
+                f"the search is judged on {node.name}, which the study reports",
+                where=tune.by.where,
+                remedy="Give the search a split of its own: what was chosen on a split looks better there than it is.",
+            )
+    return Search(tune, first.name, {slot.name: on for slot in rest[:1]})
 
 
 def _combinations(plan: Plan, inputs: Mapping[str, tuple[Reference, ...]], seed: int) -> list[tuple[dict[str, str], dict[str, list[Node]]]]:
@@ -208,18 +245,38 @@ def _combinations(plan: Plan, inputs: Mapping[str, tuple[Reference, ...]], seed:
     return found
 
 
-def _node(plan: Plan, name: str, owner: str, method: Method, inputs: Mapping[str, list[Node]], seed: int, budget: Budget | None, axes: Mapping[str, str], where: str, kind: str) -> Node:
+def _node(
+    plan: Plan, name: str, owner: str, method: Method, inputs: Mapping[str, list[Node]], seed: int, budget: Budget | None, axes: Mapping[str, str], where: str, kind: str, search: Search | None = None
+) -> Node:
     """A node, or the one that another seed already made if no seed matters."""
+    node = made(name, kind, method, inputs, seed, budget, axes, where, owner)
+    if search:
+        tune = search.tune
+        judged = (
+            interface(type(tune.by.method)).name,
+            tune.by.method,
+            code_digest(type(tune.by.method).__module__),
+            tune.part,
+            {slot: [one.key for one in nodes] for slot, nodes in search.on.items()},
+        )
+        node.key = digest("tuned", node.key, tune.trials, dict(tune.over), *judged)
+        node.inputs, node.search = {**inputs, **{f"tuned on {slot}": nodes for slot, nodes in search.on.items()}}, search
+    for known in plan.nodes:
+        if known.key == node.key and known.name == name:
+            return known
+    plan.nodes.append(node)
+    return node
+
+
+def made(
+    name: str, kind: str, method: Method, inputs: Mapping[str, list[Node]], seed: int | None, budget: Budget | None, axes: Mapping[str, str] = MappingProxyType({}), where: str = "", owner: str = ""
+) -> Node:
+    """A node for a method on some inputs; it keeps the seed and the budget only if it takes them."""
     face = interface(type(method))
     own_seed = seed if face.seeded and method.draws_random() else None
     own_budget = budget if face.budgeted else None
     key = digest("made", face.name, method, code_digest(type(method).__module__), {slot: [node.key for node in nodes] for slot, nodes in inputs.items()}, own_seed, own_budget)
-    for node in plan.nodes:
-        if node.key == key and node.name == name:
-            return node
-    node = Node(name, kind, face.output, key, method, inputs, own_seed, own_budget, axes, where, owner=owner)
-    plan.nodes.append(node)
-    return node
+    return Node(name, kind, face.output, key, method, inputs, own_seed, own_budget, axes, where, owner=owner)
 
 
 def _measure(plan: Plan, name: str, seed: int) -> None:
@@ -227,15 +284,19 @@ def _measure(plan: Plan, name: str, seed: int) -> None:
     face = interface(type(measure.method))
     targets = list({node.name: node for reference in measure.of for node in plan.variants(reference, seed)}.values())
     first, *rest = face.inputs
-    on = {rest[0].name: [node for reference in measure.on for node in plan.variants(reference, seed)]} if rest else {}
-    for slot, nodes in ((first, targets), *((slot, on[slot.name]) for slot in rest)):
+    beside = {slot: [node for reference in references for node in plan.variants(reference, seed)] for slot, references in measure.inputs.items()}
+    on = [slot.name for slot in rest if slot.name not in beside][:1]
+    beside |= {slot: [node for reference in measure.on for node in plan.variants(reference, seed)] for slot in on}
+    for slot, nodes in ((first, targets), *((slot, beside.get(slot.name, [])) for slot in rest)):
+        if slot.name in measure.inputs and len(nodes) > 1 and not slot.many:
+            raise InputError(f"{face.name} takes one {slot.name}, and {measure.inputs[slot.name][0]} has {len(nodes)} variants", where=measure.where, remedy=f"Say which, as in `{nodes[0].name}`.")
         for node in nodes:
             if not issubclass(node.output, slot.kind):
                 raise InputError(f"{face.name} measures a {slot.kind.__name__.lower()} as {slot.name}, and {node.name} is a {node.output.__name__.lower()}", where=measure.where)
     groups = [targets] if first.many else [[target] for target in targets]
     for group in groups:
         label = f"{name} of {group[0].name}" if len(group) == 1 else f"{name} of {len(group)} values"
-        node = _node(plan, label, name, measure.method, {first.name: group, **on}, seed, None, {}, measure.where, "measure")
+        node = _node(plan, label, name, measure.method, {first.name: group, **beside}, seed, None, {}, measure.where, "measure")
         for place, target in enumerate(group):
             plan.measured[name, target.name, seed] = node
             plan.places[name, target.name, seed] = place

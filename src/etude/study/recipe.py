@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from etude.engine.budget import Budget
 from etude.method import Method, find, interface
 from etude.study import expect
 from etude.study.overrides import SOURCES, override
+from etude.study.tune import MOST_TRIALS, Range, Tune
 from etude.study.yaml import Places, parse
 from etude.values.errors import InputError, nearest
 
@@ -58,6 +60,7 @@ class Step:
     variants: Mapping[str, Method]
     """By label; a step that tries nothing has the one label ''."""
     budget: Budget | None = None
+    tune: Tune | None = None
     where: str = ""
 
 
@@ -69,6 +72,13 @@ class Measure:
     of: tuple[Reference, ...]
     on: tuple[Reference, ...] = ()
     where: str = ""
+    inputs: Mapping[str, tuple[Reference, ...]] = field(default_factory=dict)
+    """What it takes beside these, by slot."""
+
+    @property
+    def everything(self) -> tuple[Reference, ...]:
+        """All that it takes beside what it measures."""
+        return (*self.on, *itertools.chain.from_iterable(self.inputs.values()))
 
 
 @dataclass(frozen=True)
@@ -169,10 +179,10 @@ class _Reader:
                 raise InputError(f"the key {key!r} is missing", where=self.where(*path), remedy=f"Add `{key}:`.")
         return data
 
-    def table(self, top: dict[str, Any], key: str) -> dict[str, Any]:
+    def table(self, top: dict[str, Any], key: str, path: tuple[Any, ...] = ()) -> dict[str, Any]:
         value = top.get(key) or {}
         if not isinstance(value, dict):
-            raise InputError(f"{key} is a mapping of names, got {type(value).__name__}", where=self.where(key))
+            raise InputError(f"{key} is a mapping of names, got {type(value).__name__}", where=self.where(*path, key))
         return value
 
     def name(self, value: Any, path: tuple[Any, ...]) -> str:
@@ -223,7 +233,7 @@ class _Reader:
         return Source(kind, value[kind], options, self.where(*path, kind))
 
     def step(self, value: Any, path: tuple[Any, ...]) -> Step:
-        step = self.mapping(value, path, {"inputs", "use", "try", "budget"})
+        step = self.mapping(value, path, {"inputs", "use", "try", "budget", "tune"})
         if ("use" in step) == ("try" in step):
             raise InputError("a step has either `use`, one method, or `try`, several", where=self.where(*path))
         if "use" in step:
@@ -236,7 +246,33 @@ class _Reader:
         inputs = {key: self.references(item, (*path, "inputs", key)) for key, item in self.mapping(step.get("inputs") or {}, (*path, "inputs"), set(step.get("inputs") or {})).items()}
         for label, method in variants.items():
             self.fits(method, inputs, budget, path, label)
-        return Step(inputs, variants, budget, self.where(*path))
+        tune = self.tune(step["tune"], variants, (*path, "tune")) if step.get("tune") is not None else None
+        return Step(inputs, variants, budget, tune, self.where(*path))
+
+    def tune(self, value: Any, variants: Mapping[str, Method], path: tuple[Any, ...]) -> Tune:
+        """A search.  Every variant must have its parameters, and take their ends."""
+        tune = self.mapping(value, path, {"trials", "over", "by"}, required=("trials", "over", "by"))
+        trials, over, by = tune["trials"], self.table(tune, "over", path), self.table(tune, "by", path)
+        if not isinstance(trials, int) or isinstance(trials, bool) or not 1 <= trials <= MOST_TRIALS:
+            raise InputError(f"trials is a number from 1 to {MOST_TRIALS}, got {trials!r}", where=self.where(*path, "trials"))
+        if not over:
+            raise InputError("there is nothing to search over", where=self.where(*path, "over"), remedy="As in `over: {learning_rate: [1e-5, 1e-2]}`.")
+        ranges: dict[str, Range] = {}
+        for label, method in variants.items():
+            parameters = {parameter.name: parameter for parameter in interface(type(method)).parameters}
+            for name, values in over.items():
+                spot = (*path, "over", name)
+                if name not in parameters:
+                    who = f"{interface(type(method)).name}{f' ({label})' if label else ''}"
+                    raise InputError(f"{who} has no parameter {name!r} to search over", where=self.where(*spot), remedy=nearest(str(name), parameters))
+                ranges[name] = self.located(functools.partial(Range.parse, values, parameters[name]), *spot)
+                for end in ranges[name].ends:
+                    self.fields(type(method), {**{key: getattr(method, key) for key in parameters}, name: end}, (*path, "over"))
+        if len(by) != 1 or not isinstance(body := next(iter(by.values())), dict) or {"of", "inputs"} & body.keys() or "on" not in body:
+            raise InputError("by is one measure on a corpus", where=self.where(*path, "by"), remedy="As in `by: {perplexity: {on: validation}}`.")
+        (name,) = by
+        measure = self.measure(name, {**{key: one for key, one in body.items() if key != "part"}, "of": "tuned"}, (*path, "by", name))
+        return Tune(trials, ranges, measure, name, body.get("part"))
 
     def variants(self, value: Any, path: tuple[Any, ...]) -> dict[str, Method]:
         if not isinstance(value, dict) or not value:
@@ -319,15 +355,29 @@ class _Reader:
         if not isinstance(name, str):
             raise InputError(f"`use:` is a measure's name, got {name!r}", where=self.where(*path, "use"), remedy="Its settings stand beside it: {use: NAME, of: […], setting: value}.")
         cls = self.located(lambda: find("measures", name), *(path if name == key else (*path, "use")))
-        method = self.fields(cls, {k: v for k, v in value.items() if k not in ("of", "on", "use")}, path, also={"of", "on", "use"})
+        own = {"of", "on", "use", "inputs"}
+        method = self.fields(cls, {k: v for k, v in value.items() if k not in own}, path, also=own)
         if "of" not in value:
             raise InputError("a measure says of what", where=self.where(*path), remedy="Add `of: [base, …]`.")
-        face = interface(cls)
-        if ("on" in value) != (len(face.inputs) > 1):
-            what = f"{face.name} needs `on:`, a {face.inputs[1].kind.__name__.lower()}" if len(face.inputs) > 1 else f"{face.name} takes no `on:`"
+        face, beside = interface(cls), self.beside(cls, value.get("inputs") or {}, (*path, "inputs"))
+        left = [slot for slot in face.inputs[1:] if slot.name not in beside]
+        if ("on" in value) != bool(left):
+            what = f"{face.name} needs `on:`, a {left[0].kind.__name__.lower()}" if left else f"{face.name} takes no `on:`"
             raise InputError(what, where=self.where(*path))
+        for slot in left[1:]:
+            if slot.required:
+                raise InputError(f"{face.name} needs the input {slot.name!r}, a {slot.kind.__name__.lower()}", where=self.where(*path), remedy=f"Add `inputs: {{{slot.name}: …}}` to the measure.")
         on = self.references(value["on"], (*path, "on")) if "on" in value else ()
-        return Measure(method, self.references(value["of"], (*path, "of")), on, self.where(*path))
+        return Measure(method, self.references(value["of"], (*path, "of")), on, self.where(*path), beside)
+
+    def beside(self, cls: type[Method], value: Any, path: tuple[Any, ...]) -> dict[str, tuple[Reference, ...]]:
+        """What a measure takes beside that which it measures, by slot."""
+        slots = {slot.name: slot for slot in interface(cls).inputs[1:]}
+        found = {name: self.references(item, (*path, name)) for name, item in self.mapping(value, path, set(slots)).items()}
+        for name, references in found.items():
+            if len(references) > 1 and not slots[name].many:
+                raise InputError(f"{interface(cls).name} takes one {name}, got {len(references)}", where=self.where(*path, name))
+        return found
 
     def located(self, make: Any, *path: Any) -> Any:
         """Call, and give any complaint the place that is being read."""

@@ -15,8 +15,9 @@ from etude.method import interface
 from etude.study import compare
 from etude.study.environment import environment
 from etude.study.expect import Term
+from etude.study.marks import marks
 from etude.study.plan import Node, Plan
-from etude.study.recipe import Reference, Study
+from etude.study.recipe import Measure, Reference, Study
 from etude.study.run import Run
 from etude.study.store import write_atomically, writing
 from etude.values.digest import digest
@@ -32,6 +33,7 @@ def results(run: Run) -> dict[str, Any]:
     found = _Measured(run)
     rows = list(_measurements(plan, found))
     outcomes = list(_judged(plan, found))
+    nodes = [_node(run, node) for node in plan.nodes]
     return {
         "schema": SCHEMA,
         "study": plan.study.name,
@@ -41,7 +43,8 @@ def results(run: Run) -> dict[str, Any]:
         "resolved": resolved(plan.study),
         "differs_from_defaults": departures(plan.study),
         "recipe": plan.study.text,
-        "nodes": [_node(run, node) for node in plan.nodes],
+        "nodes": nodes,
+        "marks": marks(nodes),
         "measurements": rows,
         "expectations": outcomes,
         "verdict": verdict(plan.study, rows, outcomes),
@@ -147,7 +150,7 @@ def _node(run: Run, node: Node) -> dict[str, Any]:
     row |= {"method": recipe["method"], "parameters": recipe["parameters"], "inputs": recipe["inputs"], "seed": node.seed, "budget": recipe["budget"], "code": recipe["code"]}
     if run.store.has(node.key):
         record = run.store.record(node.key)
-        row |= {"cost": record["cost"], "finished": record["finished"]}
+        row |= {"cost": record["cost"], "finished": record["finished"], **{key: record[key] for key in ("dtype", "tune", "trials", "chosen") if record.get(key) is not None}}
     elif node.key in run.errors:
         row["error"] = run.errors[node.key].splitlines()[-1]
     return row
@@ -168,23 +171,30 @@ def resolved(study: Study) -> dict[str, Any]:
                 "inputs": {slot: [str(reference) for reference in references] for slot, references in step.inputs.items()},
                 **({"use": method(step.variants[""])} if "" in step.variants else {"try": {label: method(one) for label, one in step.variants.items()}}),
                 **({"budget": str(step.budget)} if step.budget else {}),
+                **({"tune": step.tune.as_data()} if step.tune else {}),
             }
             for name, step in study.steps.items()
         },
-        "measure": {name: {"use": method(one.method), "of": [str(item) for item in one.of], "on": [str(item) for item in one.on]} for name, one in study.measures.items()},
+        "measure": {name: {"use": method(one.method), "of": [str(item) for item in one.of], "on": [str(item) for item in one.on], **_beside(one)} for name, one in study.measures.items()},
         "seeds": list(study.seeds),
         "expect": [expectation.text for expectation in study.expectations],
     }
 
 
+def _beside(measure: Measure) -> dict[str, Any]:
+    """What a measure takes beside `of` and `on`, if anything."""
+    return {"inputs": {slot: [str(item) for item in items] for slot, items in measure.inputs.items()}} if measure.inputs else {}
+
+
 def departures(study: Study) -> list[str]:
     """Every parameter that is not at its default, a line each."""
-    lines = []
+    searched = {(name, parameter) for name, step in study.steps.items() if step.tune for parameter in step.tune.over}
+    lines = [f"{name}: {parameter} searched over {values.as_data()}" for name, step in study.steps.items() if step.tune for parameter, values in step.tune.over.items()]
     methods = [(f"{name}[{label}]" if label else name, one) for name, step in study.steps.items() for label, one in step.variants.items()]
     for name, one in [*methods, *((name, measure.method) for name, measure in study.measures.items())]:
         for parameter in interface(type(one)).parameters:
             value = getattr(one, parameter.name)
-            if value != parameter.default:
+            if value != parameter.default and (name.partition("[")[0], parameter.name) not in searched:
                 lines.append(f"{name}: {parameter.name} = {value} (default {parameter.default})")
     return lines
 

@@ -16,12 +16,15 @@ from etude.engine.resume import keeping
 from etude.method import interface
 from etude.study.environment import environment
 from etude.study.plan import Node, Plan
+from etude.study.search import search
 from etude.study.store import Store
 from etude.values.errors import EtudeError, InputError, nearest
 from etude.values.measurement import Measurement, save_all
 from etude.values.model import Model
 
 COMPUTED, CACHED, FAILED, SKIPPED, LEFT = "computed", "cached", "failed", "skipped", "left out"
+TRIED = "tried"
+"""State of an event about a trial of a search, which is no node of the plan."""
 
 
 @dataclass
@@ -92,8 +95,11 @@ def _compute(node: Node, result: Run, values: _Values, listen: Callable[[Event],
         listen(Event(node, "started"))
         start = time.perf_counter()
         try:
-            with keeping(store.partial(node.key)):
-                made, record = execute(node, values.inputs(node))
+            if node.search:
+                made, record = search(node, store, lambda trial: _try(trial, result, values, listen))
+            else:
+                with keeping(store.partial(node.key)):
+                    made, record = execute(node, values.inputs(node))
             kind = node.output.__name__.lower()
             dtype = str(made.network.dtype).removeprefix("torch.") if isinstance(made, Model) else None
             store.put(node.key, lambda folder: save_all(_several(made), folder) if kind == "measurement" else made.save(folder), {**record, "kind": kind, "dtype": dtype})
@@ -109,6 +115,19 @@ def _compute(node: Node, result: Run, values: _Values, listen: Callable[[Event],
         finally:
             values.used(node)
     listen(Event(node, COMPUTED, time.perf_counter() - start))
+
+
+def _try(trial: Node, result: Run, values: _Values, listen: Callable[[Event], None]) -> str:
+    """Compute a step or a measurement of a search's trial, unless the store has it; returns what went wrong."""
+    if result.store.has(trial.key):
+        return ""
+    values.expect([trial])
+
+    def told(event: Event) -> None:
+        listen(Event(event.node, TRIED if event.state in (COMPUTED, CACHED, FAILED) else event.state, event.seconds, event.error))
+
+    _compute(trial, result, values, told)
+    return result.errors.get(trial.key, "")
 
 
 def execute(node: Node, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -151,8 +170,13 @@ class _Values:
 
     def __init__(self, store: Store, nodes: list[Node]):
         self.store = store
-        self.left = Counter(parent.key for node in nodes for parents in node.inputs.values() for parent in parents)
+        self.left: Counter[str] = Counter()
         self.loaded: dict[str, Any] = {}
+        self.expect(nodes)
+
+    def expect(self, nodes: list[Node]) -> None:
+        """These will be computed, too."""
+        self.left.update(parent.key for node in nodes for parents in node.inputs.values() for parent in parents)
 
     def inputs(self, node: Node) -> dict[str, Any]:
         slots = {slot: [self._value(parent) for parent in parents] for slot, parents in node.inputs.items()}

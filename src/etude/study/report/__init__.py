@@ -61,6 +61,7 @@ class _Report:
             "dots": self._dots(main[0], steps) if main else None,
             "by_seed": list(self._by_seed()),
             "costs": self._costs(),
+            "searches": list(self._searches()),
             "graph": plots.graph(self.resolved, {step: len({node["name"] for node in self.nodes if node.get("of") == step}) for step in self.resolved.get("steps") or {}}),
             "key": self._numbers(),
             "named": plots.broken,
@@ -104,7 +105,8 @@ class _Report:
             return None
         measures = {column["measure"] for column in columns}
         values = [name for name in self.values if any(name in column["rows"] or name in self.asked.get(column["measure"], []) for column in columns)]
-        rows = [{"name": name, "state": self._state(name), "cells": [self._cell(column, name) for column in columns]} for name in values]
+        marks = self.results.get("marks") or {}
+        rows = [{"name": name, "state": self._state(name), "marks": marks.get(name, []), "cells": [self._cell(column, name) for column in columns]} for name in values]
         return {"columns": columns, "rows": rows, "measures": len(measures), "main": columns[0]["main"]}
 
     def _cell(self, column: dict[str, Any], name: str) -> dict[str, Any]:
@@ -200,6 +202,24 @@ class _Report:
                 if row and row["seeds_matter"]:
                     scale = Scale.of([finite(one["value"]) for one in row["by_seed"]], row["unit"], row["exact"])
                     yield {"title": column["title"], "of": name, "values": {one["seed"]: scale.write(finite(one["value"])) for one in row["by_seed"]}}
+
+    def _searches(self) -> Iterator[dict[str, Any]]:
+        """A row for every search: what was chosen, by what, and how the trials went."""
+        for node in self.nodes:
+            trials = node.get("trials")
+            if not trials:
+                continue
+            tune = node["tune"]
+            ((measure, body),) = tune["by"].items()
+            values = [finite(trial["value"]) for trial in trials]
+            scale = Scale.of([value for value in values if value is not None], "")
+            best = next(value for trial, value in zip(trials, values, strict=True) if trial["parameters"] == node["chosen"])
+            yield {
+                "name": node["name"], "seed": node.get("seed"), "by": f"{body.get('part', measure)} on {', '.join(body['on'])}",
+                "chosen": ", ".join(f"{name} = {value:.3g}" if isinstance(value, float) else f"{name} = {value}" for name, value in node["chosen"].items()),
+                "best": scale.write(best), "worst": scale.write(finite(max((value for value in values if value is not None), key=lambda value: abs(value - best)))),
+                "trials": len(trials), "failed": sum(value is None for value in values),
+            }  # fmt: skip
 
     def _costs(self) -> dict[str, Any]:
         """A row for every variant of a step and for every measure, summed over seeds; what two share is counted once in the total."""

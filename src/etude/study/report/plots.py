@@ -344,7 +344,7 @@ def _boxes(resolved: dict[str, Any], variants: dict[str, int]) -> tuple[dict[str
     last = 1 + max((box["layer"] for box in boxes.values()), default=0)
     for name, measure in (resolved.get("measure") or {}).items():
         key, used = f"measure {name}", next(iter(measure.get("use") or {}), "")
-        edges += [(source, key) for source in boxes if source in _sources({"of": measure.get("of") or [], "on": measure.get("on") or []})]
+        edges += [(source, key) for source in boxes if source in _sources({"of": measure.get("of") or [], "on": measure.get("on") or [], **(measure.get("inputs") or {})})]
         boxes[key] = {"kind": "measure", "title": name, "lines": [used.split(".")[-1]] if used.split(".")[-1] != name else [], "layer": last}
     for box in boxes.values():
         box["lines"] = [{"full": line, "short": line if len(line) <= 26 else line[:25] + "…"} for line in box["lines"] if line]
