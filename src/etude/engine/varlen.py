@@ -85,7 +85,7 @@ def _same(network: PreTrainedModel) -> bool:
             with documents(network, positions):
                 found = network(input_ids=ids, position_ids=positions, use_cache=False).logits
         return torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
-    except (RuntimeError, TypeError, ValueError, KeyError):
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):  # the last of an encoder, which gives no logits
         return False
     finally:
         network.config._attn_implementation = before
