@@ -1,0 +1,1 @@
+"""What models answer, and which questions are worth asking."""
