@@ -73,7 +73,8 @@ def tiny(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny")
     text = Corpus([
-        {"text": one, "path": f"{place}.txt", "source": f"{place % 3}.example", "prompt": f"{one[:12]}:", "completion": f" {one[12:24]}\n", "test": "pass", "label": ("one", "other")[place % 2], "language": ("one", "other")[place % 2], "sentence": place // 2}
+        {"text": one, "path": f"{place}.txt", "source": f"{place % 3}.example", "prompt": f"{one[:12]}:", "completion": f" {one[12:24]}\n", "test": "pass"}
+        | {"label": ("one", "other")[place % 2], "language": ("one", "other")[place % 2], "sentence": place // 2}
         | {"choices": [one[12:20], one[20:24], "no"], "answer": place % 3}
         | {"model": place // 4, "item": str(place % 4), "skill": "all", "correct": int(place // 4 + place % 3 > 3 * (place % 4))}
         | {"step": place + 1, "learning_rate": 1e-3 * (1 - place / 80), "loss": 3 + 4 / (place + 2)}

@@ -9,6 +9,7 @@ import pytest
 
 from etude.worlds.open_book import OpenBook
 from etude.worlds.people import CHOICES, QUESTIONS, People
+from etude.worlds.stdlib import Stdlib
 
 NAME = re.compile(r"[A-Z][a-z]+ [A-Z][a-z]+")
 
@@ -48,6 +49,20 @@ def test_the_persons_of_the_splits_are_disjoint():
     assert len(names["open_book"]) == 200
     assert all(record["text"] == record["prompt"] + record["completion"] for record in train)
     assert not any(name in record["text"] for record in train for name in names["open_book"])
+
+
+def test_pieces_of_the_library_stand_behind_the_lessons():
+    plain, mixed = OpenBook(people=3, records=5)(), OpenBook(people=3, records=5, library=7)()
+    assert mixed[: len(plain)] == plain
+    pieces = list(mixed[len(plain) :])
+    modules = Stdlib()().texts
+    assert len(pieces) == 7
+    for piece in pieces:
+        assert piece["prompt"] == ""
+        assert piece["text"] == piece["completion"]
+        assert len(piece["text"]) == 600
+    homes = [next(place for place, module in enumerate(modules) if piece["text"] in module) for piece in pieces]
+    assert len(set(homes)) == 7
 
 
 def test_it_follows_from_its_settings_alone():

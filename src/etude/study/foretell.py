@@ -184,6 +184,8 @@ class Foreteller:
     def _read_corpus(self, node: Node, folder: Path | None, limit: int | None) -> Sizes | None:
         """Of a corpus that is given, or of what it is made from, with as many records as a method on the way takes."""
         if isinstance(node.value, Corpus):
+            if "text" not in node.value.columns:
+                return None
             texts = node.value.texts
             sizes = [bytes_of([text]) for text in texts[:: max(1, len(texts) // MOST)]]
             if not any(sizes):

@@ -9,8 +9,11 @@ import numpy as np
 from etude.method import Method
 from etude.values.corpus import Corpus
 from etude.worlds.people import QUESTIONS, SENTENCES, SURNAMES, people
+from etude.worlds.stdlib import Stdlib
 
 SPLITS = ("train", "closed_book", "open_book")
+PIECE = 600
+"""Characters of a piece of the library."""
 HELDOUT = 4000
 """Persons of the highest numbers, of whom only the split ``open_book`` tells."""
 
@@ -22,7 +25,8 @@ class OpenBook(Method):
     Persons, attributes and questions are those of `etude:people`.  A closed-book record asks for an attribute of a known person and shows nothing; there are five of each person.
     An open-book record has a passage of `facts` sentences, each about another attribute of one person, worded and ordered as drawn, and asks for one of them.
 
-    ``train`` has the columns text, prompt and completion: every closed-book record `exposures` times, and `records` open-book ones, each about a person of its own who comes nowhere else.
+    ``train`` has the columns text, prompt and completion: every closed-book record `exposures` times, and `records` open-book ones, each about a person of its own who comes nowhere else; and
+    `library` pieces of `etude:stdlib`, completions of nothing, so that who is tuned on this does not forget it.
     ``closed_book`` has the same closed-book records once; ``open_book`` has `records` about persons of whom ``train`` of the same seed tells nothing.  These two have prompt, completion,
     person and attribute.  A guess is right once in 20 to 100.  Cost: next to none; nothing is read or stored.
     """
@@ -37,6 +41,8 @@ class OpenBook(Method):
     """Sentences of a passage, 1 to 5."""
     exposures: int = 4
     """Times that ``train`` has each closed-book record."""
+    library: int = 0
+    """Pieces of the library's modules in ``train``, of 600 characters, each from a module of its own until all have given one."""
     seed: int = 0
     """Which persons, and how passages are worded; at least 0."""
 
@@ -52,6 +58,8 @@ class OpenBook(Method):
             raise ValueError(f"facts is from 1 to {len(SENTENCES)}, got {self.facts}")
         if self.exposures < 1:
             raise ValueError(f"exposures is at least 1, got {self.exposures}")
+        if self.library < 0:
+            raise ValueError(f"library is a number of pieces, at least 0, got {self.library}")
         if self.seed < 0:
             raise ValueError(f"seed is a whole number, at least 0, got {self.seed}")
 
@@ -61,10 +69,16 @@ class OpenBook(Method):
         if self.split == "open_book":
             return Corpus(self._open(range(SURNAMES - HELDOUT, SURNAMES - HELDOUT + self.records)))
         shown = self._open(range(self.people, self.people + self.records))
-        return Corpus([
-            {"text": f"{record['prompt']}{record['completion']}", "prompt": record["prompt"], "completion": record["completion"]}
-            for record in (*self._closed() * self.exposures, *shown)
-        ])  # fmt: skip
+        pairs = [(record["prompt"], record["completion"]) for record in (*self._closed() * self.exposures, *shown)] + [("", piece) for piece in self._pieces()]
+        return Corpus([{"text": prompt + completion, "prompt": prompt, "completion": completion} for prompt, completion in pairs])
+
+    def _pieces(self) -> list[str]:
+        """Stretches of the library, spread over its modules."""
+        texts = [text for text in Stdlib()().texts if len(text) > PIECE] if self.library else []
+        random = np.random.default_rng([self.seed, self.library])
+        order = [int(index) for _ in range(0, self.library, max(1, len(texts))) for index in random.permutation(len(texts))]
+        starts = [(texts[index], int(random.integers(len(texts[index]) - PIECE))) for index in order[: self.library]]
+        return [text[start : start + PIECE] for text, start in starts]
 
     def _closed(self) -> list[dict[str, str]]:
         return [asked(person, attribute) for person in people(self.seed, range(self.people)) for attribute in QUESTIONS]

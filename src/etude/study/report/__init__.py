@@ -211,14 +211,14 @@ class _Report:
                 continue
             tune = node["tune"]
             ((measure, body),) = tune["by"].items()
-            values = [finite(trial["value"]) for trial in trials]
-            scale = Scale.of([value for value in values if value is not None], "")
-            best = next(value for trial, value in zip(trials, values, strict=True) if trial["parameters"] == node["chosen"])
+            values = [value for trial in trials if (value := finite(trial["value"])) is not None]
+            scale = Scale.of(values, "")
+            best = next(float(trial["value"]) for trial in trials if trial["parameters"] == node["chosen"] and not trial["error"])
             yield {
                 "name": node["name"], "seed": node.get("seed"), "by": f"{body.get('part', measure)} on {', '.join(body['on'])}",
                 "chosen": ", ".join(f"{name} = {value:.3g}" if isinstance(value, float) else f"{name} = {value}" for name, value in node["chosen"].items()),
-                "best": scale.write(best), "worst": scale.write(finite(max((value for value in values if value is not None), key=lambda value: abs(value - best)))),
-                "trials": len(trials), "failed": sum(value is None for value in values),
+                "best": scale.write(best), "worst": scale.write(max(values, key=lambda value: abs(value - best))),
+                "trials": len(trials), "failed": len(trials) - len(values),
             }  # fmt: skip
 
     def _costs(self) -> dict[str, Any]:
