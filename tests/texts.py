@@ -43,11 +43,13 @@ def tokenizer() -> t.PreTrainedTokenizerFast:
     return t.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|end|>", eos_token="<|end|>")
 
 
-def reader(name: str, blocks: int | None = None) -> Model:
+def reader(name: str, blocks: int | None = None, width: int | None = None) -> Model:
     """A fresh draft of the small network of this architecture, with a vocabulary of bytes and its tokenizer."""
     config = copy.deepcopy(architectures.small(name).base)
     config.vocab_size = END + 1
     config.bos_token_id = config.eos_token_id = END
+    if width is not None:
+        config.hidden_size = width
     if blocks is not None:
         config.num_hidden_layers = blocks
         if getattr(config, "layer_types", None):

@@ -142,18 +142,12 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, held: int) -> Tensor:
-        low = torch.get_autocast_dtype(states.device.type) if torch.is_autocast_enabled(states.device.type) else states.dtype
-        read, matrix = states.to(low), weight.to(low)
-        wants = [ctx.needs_input_grad[place] for place in range(3)]
-        by_states = torch.empty_like(read) if wants[0] else None
-        by_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants[1] else None
-        by_bias = torch.zeros_like(bias, dtype=torch.float32) if wants[2] and bias is not None else None
+        head = _Head(ctx, states, weight, bias)
         total = torch.zeros((), dtype=torch.float64, device=states.device)
         size = max(1, held // weight.shape[0])
         for at in range(0, len(labels), size):
-            part, wanted = read[at : at + size], labels[at : at + size]
-            scores = torch.nn.functional.linear(part, matrix, None if bias is None else bias.to(low)).float()
-            if not any(wants):
+            wanted, scores = labels[at : at + size], head.scores(at, size)
+            if not head.wanted:
                 total -= scores.log_softmax(1).gather(1, wanted[:, None]).sum(dtype=torch.float64)
                 continue
             slope = scores.softmax(1)  # torch's own kernel is thrice as fast as an exponential of one's own
@@ -163,18 +157,84 @@ class CrossEntropy(torch.autograd.Function):
             if far.any():
                 total -= scores[far].log_softmax(1).gather(1, wanted[far, None]).sum(dtype=torch.float64)
             slope[torch.arange(len(wanted), device=slope.device), wanted] -= 1
-            narrow = slope.to(low)
-            if by_states is not None:
-                torch.mm(narrow, matrix, out=by_states[at : at + size])
-            if by_weight is not None:
-                by_weight.addmm_(narrow.T, part) if low == torch.float32 else by_weight.add_(narrow.T @ part)
-            if by_bias is not None:
-                by_bias += slope.sum(0)
-        ctx.save_for_backward(by_states, by_weight, by_bias)
-        ctx.dtypes = states.dtype, weight.dtype, None if bias is None else bias.dtype
+            head.add(at, slope)
+        head.keep(ctx)
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:
-        found = [None if one is None else (one * slope).to(dtype) for one, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
-        return (*found, None, None)
+        return (*_Head.slopes(ctx, slope), None, None)
+
+
+class Taught(torch.autograd.Function):
+    """truth · cross-entropy + divergence · KL(teacher ‖ student) at a temperature, of linear(states, weight, bias) and summed over the tokens, chunk by chunk of so many logits.
+
+    told: (tokens, the teacher's width), which the teacher's own head reads.  Where one of them knows more tokens than the other, padded beyond their common tokenizer, the teacher
+    speaks of those that both have.  Gives that sum, with its gradients at once, and the two terms without their weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, told: Tensor, own: Tensor, own_bias: Tensor | None, labels: Tensor, terms: tuple[float, float, float], held: int) -> Any:
+        (truth, divergence, temperature), head = terms, _Head(ctx, states, weight, bias)
+        known = [None if one is None else one.to(head.read.dtype) for one in (told, own, own_bias)]
+        sums, common = torch.zeros(2, dtype=torch.float64, device=states.device), min(len(weight), len(own))
+        size = max(1, held // max(len(weight), len(own)))
+        for at in range(0, len(labels), size):
+            wanted, scores = labels[at : at + size], head.scores(at, size)
+            log_q = scores.log_softmax(1)
+            sums[0] -= log_q.gather(1, wanted[:, None]).sum(dtype=torch.float64)
+            log_p = (torch.nn.functional.linear(known[0][at : at + size], known[1], known[2])[:, :common].float() / temperature).log_softmax(1)  # type: ignore[index, arg-type]
+            cool = log_q if temperature == 1 else (scores / temperature).log_softmax(1)
+            p = log_p.exp()
+            sums[1] += torch.linalg.vecdot(p, log_p.sub_(cool[:, :common])).sum(dtype=torch.float64)
+            if head.wanted:
+                slope = cool.exp().mul_(divergence / temperature)
+                slope[:, :common].sub_(p, alpha=divergence / temperature)
+                if truth:
+                    slope.add_(log_q.exp(), alpha=truth)
+                    slope[torch.arange(len(wanted), device=slope.device), wanted] -= truth
+                head.add(at, slope)
+        head.keep(ctx)
+        terms_apart = sums[0].float(), sums[1].float()
+        ctx.mark_non_differentiable(*terms_apart)
+        return truth * terms_apart[0] + divergence * terms_apart[1], *terms_apart
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, *others: Tensor) -> Any:
+        return (*_Head.slopes(ctx, slope), *(None,) * 6)
+
+
+class _Head:
+    """A linear layer that is applied a chunk of tokens at a time, and the gradients by what it reads, its weight and its bias."""
+
+    def __init__(self, ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None):
+        low = torch.get_autocast_dtype(states.device.type) if torch.is_autocast_enabled(states.device.type) else states.dtype
+        self.read, self.matrix, self.bias = states.to(low), weight.to(low), None if bias is None else bias.to(low)
+        wants = [ctx.needs_input_grad[place] for place in range(3)]
+        self.wanted = any(wants)
+        self.by_states = torch.empty_like(self.read) if wants[0] else None
+        self.by_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants[1] else None
+        self.by_bias = torch.zeros_like(bias, dtype=torch.float32) if wants[2] and bias is not None else None
+        self.dtypes = states.dtype, weight.dtype, None if bias is None else bias.dtype
+
+    def scores(self, at: int, size: int) -> Tensor:
+        """What it gives for these tokens, (tokens, outputs) float32."""
+        return torch.nn.functional.linear(self.read[at : at + size], self.matrix, self.bias).float()
+
+    def add(self, at: int, slope: Tensor) -> None:
+        """slope: of the sum by what it gave, (tokens, outputs) float32, from this token on."""
+        narrow, part = slope.to(self.read.dtype), self.read[at : at + len(slope)]
+        if self.by_states is not None:
+            torch.mm(narrow, self.matrix, out=self.by_states[at : at + len(slope)])
+        if self.by_weight is not None:
+            self.by_weight.addmm_(narrow.T, part) if narrow.dtype == torch.float32 else self.by_weight.add_(narrow.T @ part)
+        if self.by_bias is not None:
+            self.by_bias += slope.sum(0)
+
+    def keep(self, ctx: Any) -> None:
+        ctx.save_for_backward(self.by_states, self.by_weight, self.by_bias)
+        ctx.dtypes = self.dtypes
+
+    @staticmethod
+    def slopes(ctx: Any, slope: Tensor) -> list[Tensor | None]:
+        return [None if one is None else (one * slope).to(dtype) for one, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]

@@ -37,19 +37,19 @@ def fused(network: nn.Module) -> Iterator[None]:
         for module in network.modules():
             offset = _offset(module)
             if offset is not None:
-                stack.enter_context(_instead(module, "forward", functools.partial(_norm, module, offset)))
+                stack.enter_context(instead(module, "forward", functools.partial(_norm, module, offset)))
             elif _is_low_rank(module):
-                stack.enter_context(_instead(module, "forward", functools.partial(_low_rank, module)))
+                stack.enter_context(instead(module, "forward", functools.partial(_low_rank, module)))
             elif _is_gated(module):
-                stack.enter_context(_instead(module, "forward", functools.partial(_gated, module)))
+                stack.enter_context(instead(module, "forward", functools.partial(_gated, module)))
         for name in {type(module).__module__ for module in network.modules()}:
             if _rotates(getattr(sys.modules[name], ROTATION, None)):
-                stack.enter_context(_instead(sys.modules[name], ROTATION, rotate))
+                stack.enter_context(instead(sys.modules[name], ROTATION, rotate))
         yield
 
 
 @contextmanager
-def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Inside, an attribute of a module has another value."""
     before = vars(owner).get(name)
     setattr(owner, name, value)
@@ -79,7 +79,7 @@ def narrow(network: nn.Module) -> Iterator[None]:
         if torch.get_num_threads() > 1:
             for module in network.modules():
                 if type(module) is torch.nn.Linear and "forward" not in vars(module) and module.weight.numel() >= LARGE and module.weight.dtype == torch.float32 and module.weight.device.type == "cpu":
-                    stack.enter_context(_instead(module, "forward", functools.partial(_turned, module)))
+                    stack.enter_context(instead(module, "forward", functools.partial(_turned, module)))
         yield
 
 

@@ -239,9 +239,9 @@ def block_changes(model: Model, rows: Sequence[np.ndarray]) -> np.ndarray:
     return sums / counted
 
 
-def padded_batches(model: Model, rows: Sequence[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows in batches of like length on the model's device: ids, and which of them are real; a causal model's real tokens never see the padding."""
-    for group in batch.by_length([len(row) for row in rows], batch_tokens(model)):
+def padded_batches(model: Model, rows: Sequence[np.ndarray], tokens: int = 8192) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows in batches of like length and at most so many tokens on the model's device: ids, and which of them are real; a causal model's real tokens never see the padding."""
+    for group in batch.by_length([len(row) for row in rows], batch_tokens(model, tokens)):
         ids = torch.zeros(len(group), len(rows[group[0]]), dtype=torch.long)
         real = torch.zeros_like(ids, dtype=torch.bool)
         for place, index in enumerate(group):
