@@ -50,7 +50,7 @@ def test_all_else_stays_and_it_is_its_own_rounding(name):
     model = small(name)
     rounded = RoundToNearest(bits=3, symmetric=True)(model)
     layers = {f"{path}.weight" for stack in model.anatomy.stacks for path in linear_layers(model.network) if path.startswith(stack + ".")}
-    changed = {key for key, tensor in rounded.network.state_dict().items() if not torch.equal(tensor, model.network.state_dict()[key])}
+    changed = {key for key, tensor in model.network.state_dict().items() if not torch.equal(tensor, rounded.network.state_dict()[key])}
     experts = {key for key, tensor in model.network.state_dict().items() if tensor.ndim == 3}
     assert changed - experts == layers - experts
     assert name != "mixtral" or changed & experts

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etude.values import checkpoint
+from etude.values import checkpoint, packed
 from etude.values.digest import canonical, digest, digest_files
 from etude.values.edits import Edit, from_plain, to_plain
 from etude.values.errors import InputError
+from etude.values.packed import Quantized
 
 if TYPE_CHECKING:
     import torch
@@ -222,6 +223,8 @@ class Model:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for name in (EDITS, HISTORY):
+            (folder / name).unlink(missing_ok=True)  # of a model that was saved here before
         config = checkpoint.folded(self)
         if config is None:
             checkpoint.save_state(self.network, self.base, folder)
@@ -240,11 +243,14 @@ class Model:
         """Write a folder that plain ``transformers`` loads with the same logits.
 
         What the config can say is said there; heads and channels that it cannot take away come back as zeros.
-        Raises InputError if an edit can be neither folded nor padded.
+        Weights on a grid are packed, see `etude.values.packed`.
+        Raises InputError if an edit can be neither folded nor padded nor packed.
         """
         if self.plain:
             return self.save(folder)
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if any(isinstance(edit, Quantized) for edit in self._edits):
+            return packed.export(self, Path(folder))
         padded = checkpoint.padded(self)
         checkpoint.save_plain(padded, padded.config, Path(folder))
         if self.has_tokenizer:

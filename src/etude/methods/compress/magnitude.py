@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from etude.method import Method
-from etude.values.anatomy import weight_of
+from etude.methods.compress._matrices import matrices
 from etude.values.errors import InputError
 from etude.values.model import Model
 
@@ -37,21 +36,9 @@ class Magnitude(Method):
 
     def apply(self, model: Model) -> Model:
         pruned = model.copy()
-        for path, weight in _weights(pruned):
+        for path, weight in matrices(pruned):
             weight.masked_fill_(least(weight.abs(), self.sparsity, self.pattern, path, across=True), 0)
         return pruned
-
-
-def _weights(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Views (output, input) of every matrix of the blocks, without gradient, each expert's one by one."""
-    for block in model.anatomy.blocks:
-        for path, module in model.anatomy.linears(block).items():
-            yield path, weight_of(module).detach()
-        layer = block.feed_forward
-        if layer is not None and layer.experts:
-            for path in (*layer.inputs, layer.output):
-                for expert in model.network.get_parameter(path):
-                    yield path, expert.detach()
 
 
 def check(sparsity: float, pattern: str) -> None:
