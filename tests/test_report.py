@@ -13,7 +13,7 @@ import pytest
 
 from etude.study import compare
 from etude.study.report import judged, render
-from etude.study.report.plots import Scale, Span, duration, graph, plain
+from etude.study.report.plots import Point, Scale, Span, duration, graph, plain
 from etude.values.measurement import HIGHER, Measurement
 
 SEEDS = (0, 1, 2)
@@ -169,7 +169,7 @@ def test_every_value_estimate_and_expectation_appears(page):
 
 def test_parts_and_steps_are_drawn_and_summed(page):
     text = text_of(page)
-    assert page.count('<svg class="plot"') == 3  # against size, against seconds (throughput lacks the healed), the dots
+    assert page.count('<svg class="plot"') == 4  # against size, against speed, against seconds, the dots
     assert text.count("healed[random]") >= 6
     assert "pruned[random] 3 3 min 8 s 5 min 30 s 300,000 5.7 T 1.4 GB" in text  # three seeds of 62.5 s
     assert "all 16 16 min 40 s" in text
@@ -384,3 +384,19 @@ def test_every_edge_of_the_graph_has_an_arrow():
     assert all(a[0] != b[0] or a[2] < b[1] or b[2] < a[1] for i, a in enumerate(spots) for b in spots[:i])
     assert {box["title"]: box["x"] for box in drawn["boxes"]}["healed"] > {box["title"]: box["x"] for box in drawn["boxes"]}["pruned"]
     assert "3 variants" in [line["full"] for box in drawn["boxes"] for line in box["lines"]]
+
+
+def test_the_line_goes_through_what_no_other_beats_on_both():
+    from etude.study.report import frontier
+
+    places = [(1, 9), (2, 7), (2, 8), (3, 7), (4, 3), (5, 4), (6, 1)]
+    points = [Point(str(place), "", "", float(x), float(y), None, None, ()) for place, (x, y) in enumerate(places)]
+
+    def beaten(one, other, signs):
+        gains = [sign * (a - b) for sign, a, b in zip(signs, (one.x, one.y), (other.x, other.y), strict=True)]
+        return min(gains) >= 0 and max(gains) > 0
+
+    for x, y in (("lower", "lower"), ("higher", "lower"), ("lower", "higher"), ("higher", "higher")):
+        signs = [1 if better == "lower" else -1 for better in (x, y)]
+        wanted = [point for point in points if not any(beaten(point, other, signs) for other in points)]
+        assert frontier(points, x, y) == sorted(wanted, key=lambda point: point.x)

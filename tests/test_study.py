@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import etude
+from etude.method import discover
 from etude.methods.compress.drop_blocks import DropBlocks
 from etude.methods.compress.sleb import SLEB
 from etude.methods.pretrain.causal_lm import CausalLM
@@ -207,6 +208,12 @@ def test_methods_and_show(etude):
     assert next(p for p in sleb["parameters"] if p["name"] == "blocks")["default"] == 0.2
     assert "algorithm 1" in etude("show", "compress.sleb")[1]
     assert "compress.sleb" in etude("show", "compress.slep")[2]
+    room = {row["method"]: row for row in json.loads(etude("show", "compress", "--json")[1])}
+    assert room.keys() == {name for name in discover("methods") if name.startswith("compress.")}
+    assert all(row["removes"] and row["cost"] for row in room.values()), [name for name, row in room.items() if not (row["removes"] and row["cost"])]
+    assert room["compress.sleb"]["needs"] == ["calibration"]
+    assert (room["compress.magnitude"]["verdict"], room["compress.flap"]["verdict"]) == ("a baseline", "contradicted")
+    assert "heads and channels" in etude("show", "compress")[1]
 
 
 # What the code's digest covers.

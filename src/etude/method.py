@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
+import re
 import textwrap
 import types
 import typing
@@ -117,6 +118,11 @@ class Interface:
     parameters: tuple[Parameter, ...]
     seeded: bool
     budgeted: bool
+
+    def told(self, label: str) -> str | None:
+        """What the documentation says after such a label, as in ``Cost: one forward pass.``, to the end of the paragraph or the next label; None if it says nothing."""
+        found = re.search(rf"(?<!\w){label}: (.+?)(?=\n\n|\n[A-Z][a-z]+: |\Z)", self.documentation, re.DOTALL)
+        return " ".join(found.group(1).split()) if found else None
 
     def as_data(self) -> dict[str, Any]:
         """The same as plain data."""

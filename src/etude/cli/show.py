@@ -16,15 +16,25 @@ if TYPE_CHECKING:
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A paper's slug, such as `sleb`, or a method, measure or world, such as `compress.sleb` or `perplexity`.")], as_json: AsJson = False
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A paper's slug, such as `sleb`; a method, measure or world, such as `compress.sleb` or `perplexity`; or a stage, such as `compress`.",
+        ),
+    ],
+    as_json: AsJson = False,
 ) -> None:
-    """Show a paper's card: what it does, its claim, our evidence, a study to copy; or a method's: its source, inputs and parameters."""
+    """Show a paper's card: what it does, its claim, our evidence, a study to copy; a method's: its source, inputs and parameters; or a stage's methods, side by side."""
     from etude.method import names
     from etude.papers.catalogue import catalogue
     from etude.values.errors import InputError, nearest
 
     if name in catalogue():
         _show_paper(catalogue()[name], as_json)
+        return
+    if name in {method.partition(".")[0] for method in names("methods")}:
+        _show_stage(name, as_json)
         return
     room = next((room for room in ("measures", "worlds") if name in names(room)), "methods")
     if "." not in name and room == "methods":
@@ -36,6 +46,31 @@ def show(
     typer.secho(data["name"], bold=True)
     typer.echo(f"\n{data['documentation']}\n")
     _parameters(data)
+
+
+def _show_stage(stage: str, as_json: bool) -> None:
+    """The methods of a stage in a table: what each takes away, what it needs, what it costs, and what became of its paper here."""
+    from etude.method import discover, interface
+    from etude.papers.catalogue import catalogue
+    from etude.papers.status import status
+
+    rows = []
+    for name, cls in sorted(discover("methods").items()):
+        if name.partition(".")[0] != stage:
+            continue
+        face = interface(cls)
+        needs = [slot.name for slot in face.inputs if slot.name != "model"] + (["training"] if face.budgeted else [])
+        paper = catalogue().get(face.cls.paper or "")
+        found = status(paper) if paper else None
+        verdict = "a baseline" if found is None else (found.verdict or "not tested yet")
+        rows.append({"method": name, "removes": face.told("Removes"), "needs": needs, "cost": face.told("Cost"), "paper": face.cls.paper, "verdict": verdict, "summary": face.summary})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    removes = any(row["removes"] for row in rows)
+    header = ["method", *(["removes"] if removes else []), "needs", "cost", "its claim, here"]
+    console.table(header, [[row["method"], *([row["removes"] or "–"] if removes else []), ", ".join(row["needs"]) or "nothing", row["cost"] or "–", row["verdict"]] for row in rows])
+    typer.echo("\none of them: etude show NAME; the evidence of a claim: etude show PAPER")
 
 
 def _method(room: str, name: str) -> dict[str, Any]:

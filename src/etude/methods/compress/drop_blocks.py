@@ -21,7 +21,9 @@ class DropBlocks(Method):
 
     ``cosine`` drops the blocks with the smallest block influence, one minus the cosine between what enters a block and
     what leaves it, averaged over the calibration tokens (Men et al., "ShortGPT", 2024, equation 1).  An encoder–decoder loses
-    the same share of each stack.  Cost: for ``cosine`` one forward pass over the calibration text, otherwise nothing.
+    the same share of each stack.
+    Removes: whole blocks.
+    Cost: for ``cosine`` one forward pass over the calibration text, otherwise nothing.
     """
 
     blocks: float = 0.2

@@ -26,6 +26,7 @@ class DropUnits(Method):
     channel's euclidean norm over the calibration tokens, which is Wanda carried over to structures as An et al. ("FLAP", 2023, section 4) do for
     their baseline Wanda-sp; a head scores the mean of its channels.  Heads that share keys and values go together.
     The share is the one with which `ratio` of the blocks' parameters go, so that rules are compared at equal size.
+    Removes: heads and feed-forward channels.
     Cost: for ``wanda`` one forward pass over the calibration text, otherwise nothing.
     """
 

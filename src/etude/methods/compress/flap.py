@@ -29,6 +29,7 @@ class FLAP(Method):
     Departures from the paper's code: it squares the scores of attention before it standardises them, which the metric does not say; it
     knows only Llama with as many keys as queries, where here heads that share keys and values go together; it weighs a head as 512 / 3 channels,
     here by real parameter counts; it may empty a layer, here the best unit of every layer stays.  Causal models without experts.
+    Removes: heads and feed-forward channels.
     Cost: one forward pass over the calibration text.
     """
 

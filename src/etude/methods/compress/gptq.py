@@ -29,6 +29,7 @@ class GPTQ(Method):
     second moments come first, with the grids that the groups have at the start.  Causal models without experts.
     The weights keep the dtype and the shape of the model, and their grids stand beside them: nothing runs faster, and `Model.export` writes the packed bits for transformers.
     Raises InputError for other models, and where a layer's second moments cannot be inverted.
+    Removes: bits of the weights.
     Cost: one pass over the calibration text; for every layer inputs³ + outputs · inputs² multiplications; memory for the hidden states of the text.
     """
 

@@ -22,6 +22,7 @@ class Magnitude(Method):
     every layer and without retraining, as Sun et al. ("Wanda", 2024) use it for their baseline.  Default: 50 %, as there.
     Departures: the number of zeros is exact, where a threshold would also take weights equal to it; experts are pruned like any
     linear layer, one by one.  Embeddings, norms, biases and the head stay.
+    Removes: single weights, which become zero.
     Cost: sorting every layer.  The model keeps its shape: the zeros save nothing until something sparse runs them.
     """
 

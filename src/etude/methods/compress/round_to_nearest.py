@@ -23,6 +23,7 @@ class RoundToNearest(Method):
     Source: the baseline RTN of Frantar et al., "GPTQ", 2023 (arXiv 2210.17323), section 4, with their quantizer; groups of 128 and asymmetric levels as in Lin et al., "AWQ", 2024
     (arXiv 2306.00978), section 5.
     Departures: where a layer's inputs do not divide into groups the last one is shorter; scales stay in float32.  Embeddings, norms, biases and the head stay; experts are rounded one by one.
+    Removes: bits of the weights.
     Cost: a pass over the weights.
     """
 

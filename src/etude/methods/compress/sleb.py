@@ -20,6 +20,7 @@ class SLEB(Method):
     Source: Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks",
     2024, algorithm 1 with the metric of equation 3 (the loss of the model without the block, measured anew after every deletion).
     Defaults: 128 calibration sequences in the paper (section 4.1), here as many tokens as 64 of 512.
+    Removes: whole blocks.
     Cost: about blocks² · share forward passes over the calibration text.
     """
 

@@ -30,6 +30,7 @@ class SparseGPT(Method):
     Departures: each layer is judged by what the pruned layers before it write, those of its own block included (the paper's code: those of the blocks before it), so that one pass is
     enough, and layers that read the same are solved at once; rows start with the start token and texts are not joined; padding does not count.  Causal models without experts.
     Raises InputError for other models, where a pattern n:m does not divide a layer's inputs, and where a layer's second moments cannot be inverted.
+    Removes: single weights, which become zero.
     Cost: one pass over the calibration text; for every layer inputs³ + outputs · inputs² multiplications; memory for the hidden states of the text.
     The model keeps its shape: the zeros save nothing until something sparse runs them.
     """

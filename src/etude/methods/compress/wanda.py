@@ -20,11 +20,12 @@ class Wanda(Method):
     """Zero the weights with the smallest |weight| · norm of the input channel, compared within each output.
 
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024 (arXiv 2306.11695), equation 1 and
-    algorithm 1: the norm is the euclidean one over all calibration tokens, and blocks are pruned one after another, so that each
-    is judged by what the pruned blocks before it write.  Defaults: 50 % as there; 128 sequences of 2048 tokens in the paper, here as
+    algorithm 1: the norm is the euclidean one over all calibration tokens, and layers are pruned one after another, so that each
+    is judged by what the pruned layers before it write (the paper: by what the pruned blocks before its own write).  Defaults: 50 % as there; 128 sequences of 2048 tokens in the paper, here as
     many tokens as 64 of 512.  Departures: rows start with the start token and texts are not joined; padding does not count; the number of
     zeros in a row is rounded, not cut off.  Causal models without experts.
-    Cost: three forward passes over the calibration text, and memory for its hidden states.
+    Removes: single weights, which become zero.
+    Cost: one forward pass over the calibration text through the blocks, and memory for its hidden states.
     """
 
     sparsity: float = 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -164,17 +164,16 @@ class _Report:
         return Point(name, self._numbers().get(name) or ", ".join((node.get("axes") or {}).values()) or name, step, x, y, finite(row["estimate"]["low"]), finite(row["estimate"]["high"]), seeds)
 
     def _charts(self, column: dict[str, Any], steps: list[str]) -> list[dict[str, Any]]:
-        """The first measure against size, and against speed or what was spent, whichever says more."""
+        """The first measure against size, against speed, and against what was spent on the way, with the values that no other beats on both."""
         parts = {one["part"]: one for one in self.columns if one["measure"] != column["measure"]}
-        known = [({name: row["estimate"]["value"] for name, row in parts[part]["rows"].items()}, parts[part]["label"], part in SIZES) for part in (*SIZES, *SPEEDS) if part in parts]
-        spent = self._spent()
-        known.append((spent, "seconds on the way", False))
+        known = {part: ({name: row["estimate"]["value"] for name, row in one["rows"].items()}, one["label"], one["better"]) for part, one in parts.items()}
         chosen = []
-        for group in ([one for one in known if one[2]], sorted((one for one in known if not one[2]), key=lambda one: -len(set(one[0]) & set(column["rows"])))):
-            for xs, title, _ in group:
+        for group in ([known[part] for part in SIZES if part in known], [known[part] for part in SPEEDS if part in known], [(self._spent(), "seconds on the way", "lower")]):
+            for xs, title, better in group:
                 points = [point for name in self.values if (x := finite(xs.get(name))) is not None and (point := self._point(column, name, x))]
                 if len(points) > 1 and len({point.x for point in points}) > 1:
-                    chosen.append({"svg": Markup(plots.scatter(points, title, column["label"], steps)), "title": f"{column['title']} against {title}"})
+                    best = frontier(points, better or "lower", column["better"]) if column["better"] else []
+                    chosen.append({"svg": Markup(plots.scatter(points, title, column["label"], steps, best)), "title": f"{column['title']} against {title}"})
                     break
         return chosen
 
@@ -229,6 +228,16 @@ class _Report:
                 groups.setdefault(node["name"] if node["kind"] == "step" else f"measuring {node['of']}", []).append(node)
         every = {node["digest"]: node for nodes in groups.values() for node in nodes}
         return {"rows": [_cost(name, nodes) for name, nodes in groups.items()], "total": _cost("all", list(every.values())) if groups else None}
+
+
+def frontier(points: Sequence[Point], better_x: str, better_y: str) -> list[Point]:
+    """The points that no other beats on one axis without losing on the other, from left to right."""
+    signs = [1 if better == "lower" else -1 for better in (better_x, better_y)]
+    found: list[Point] = []
+    for point in sorted(points, key=lambda point: (signs[0] * point.x, signs[1] * point.y)):
+        if not found or signs[1] * point.y < signs[1] * found[-1].y:
+            found.append(point)
+    return sorted(found, key=lambda point: point.x)
 
 
 def _columns(measurements: list[dict[str, Any]]) -> list[dict[str, Any]]:

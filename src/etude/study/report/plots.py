@@ -152,8 +152,8 @@ class Span:
         return altair.Axis(title=title, tickCount=5, format="~s" if self.high >= 1e4 else "~r", labelOverlap=True, labelFlush=False, **more)
 
 
-def scatter(points: Sequence[Point], x_title: str, y_title: str, steps: Sequence[str]) -> str:
-    """The first measure against a cost, with intervals; every point labelled."""
+def scatter(points: Sequence[Point], x_title: str, y_title: str, steps: Sequence[str], best: Sequence[Point] = ()) -> str:
+    """The first measure against a cost, with intervals; every point labelled, and a line through the `best` ones, from left to right."""
     import altair
 
     across, up = Span.over([point.x for point in points], 0.12), Span.over([edge for point in points for edge in (point.bottom, point.top)])
@@ -177,7 +177,14 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, steps: Sequence
     ]
     far = [{"px": a, "py": b, "px2": c, "py2": d} for _, _, _, *leader in places for a, b, c, d in leader]
     leaders = altair.Chart(altair.Data(values=far)).mark_rule(strokeWidth=0.8, color=SOFT).encode(x=pixel_x, y=pixel_y, x2="px2:Q", y2="py2:Q")
-    return _svg(altair.layer(frame, bars, *([leaders] if far else []), marks, *names).resolve_scale(x="independent", y="independent").properties(width=WIDTH, height=HEIGHT), legend_offset=34)
+    edge = [{"px": lefts[place], "py": heights[place][0]} for one in best for place in [points.index(one)]]
+    line = altair.Chart(altair.Data(values=edge)).mark_line(strokeWidth=1, strokeDash=[3, 3], color=SOFT).encode(x=pixel_x, y=pixel_y, order="px:Q")
+    return _svg(
+        altair.layer(frame, *([line] if len(edge) > 1 else []), bars, *([leaders] if far else []), marks, *names)
+        .resolve_scale(x="independent", y="independent")
+        .properties(width=WIDTH, height=HEIGHT),
+        legend_offset=34,
+    )
 
 
 def _dodged(bars: Sequence[tuple[float, float, float]]) -> list[float]:
