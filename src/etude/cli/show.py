@@ -54,7 +54,7 @@ def _show_stage(stage: str, as_json: bool) -> None:
     from etude.papers.catalogue import catalogue
     from etude.papers.status import status
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, cls in sorted(discover("methods").items()):
         if name.partition(".")[0] != stage:
             continue

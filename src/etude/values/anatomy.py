@@ -341,10 +341,17 @@ def candidates(model: Model) -> Iterator[PretrainedConfig]:
         for name, value in (("num_attention_heads", first.heads), ("num_key_value_heads", first.key_value_heads), ("head_dim", first.head_dim)):
             if hasattr(config, name) and not isinstance(getattr(type(config), name, None), property):
                 setattr(config, name, value)
+    if any(isinstance(edit, Narrow) and edit.module == _embedding_path(model) for edit in model.edits):
+        embedding: Any = model.anatomy.embeddings
+        config.hidden_size = embedding.weight.shape[1]
     if layers and len({layer.channels for layer in layers}) == 1:
         for name in _channel_fields(config, model):
             setattr(config, name, layers[0].channels)
     yield config
+
+
+def _embedding_path(model: Model) -> str:
+    return next(path for path, module in model.network.named_modules() if module is model.anatomy.embeddings)
 
 
 def _channel_fields(config: PretrainedConfig, model: Model) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etude.values.digest import LENGTH
-from etude.values.edits import Arrange, Attributes, Bias, Edit, Narrow
+from etude.values.edits import Arrange, Attributes, Bias, Edit, Narrow, Tie
 from etude.values.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def folded(model: Model) -> PretrainedConfig | None:
     """The config that alone describes the edited network, or None if there is none."""
     if not model.edits:
         return model.base
-    if not all(isinstance(edit, (Arrange, Narrow, Attributes)) for edit in model.edits):
+    if not all(isinstance(edit, (Arrange, Narrow, Attributes, Tie)) for edit in model.edits):
         return None
     from etude.values.anatomy import candidates
 
@@ -300,7 +300,7 @@ def padded(model: Model) -> PreTrainedModel:
     """
     import torch
 
-    beyond = [edit for edit in model.edits if not isinstance(edit, (Arrange, Narrow, Attributes, Bias))]
+    beyond = [edit for edit in model.edits if not isinstance(edit, (Arrange, Narrow, Attributes, Bias))]  # Tie: a norm over fewer channels is no norm over padded ones
     state = {name: tensor.detach().clone() for name, tensor in model.network.state_dict().items()}
     for edit in reversed(model.edits):
         if isinstance(edit, Narrow):

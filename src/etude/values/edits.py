@@ -95,6 +95,16 @@ class Attributes:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """Let what the config ties share one parameter again, after one of them was cut."""
+
+    def apply(self, network: nn.Module) -> None:
+        network.tie_weights()  # type: ignore[operator]
+        for module in (network.get_input_embeddings(), network.get_output_embeddings()):  # type: ignore[operator]
+            set_sizes(module)
+
+
+@dataclass(frozen=True)
 class Arrange:
     """Choose and order the blocks of one stack: `order` lists positions in the stack as the config builds it.
 
@@ -171,14 +181,18 @@ def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def set_sizes(module: nn.Module) -> None:
-    """Let a linear layer's own size attributes say what its weight says."""
+    """Let a module's own size attributes say what its weight says."""
     from torch import nn
 
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape  # type: ignore[union-attr]
+        module.out_features, module.in_features = weight.shape
     elif type(module).__name__ == "Conv1D":
-        module.nx, module.nf = weight.shape  # type: ignore[union-attr]
+        module.nx, module.nf = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(weight.shape)
 
 
 def runs(kept: list[int]) -> str:
