@@ -28,7 +28,7 @@ def drop_width(model: Model, channels: Sequence[int]) -> None:
     """
     model.require_draft()
     count = width(model)
-    cuts, gone = _places(model, count), set(channels)
+    cuts, gone = places(model), set(channels)
     if not all(0 <= channel < count for channel in gone) or len(gone) >= count:
         raise InputError(f"the residual stream has channels 0 to {count - 1}, and keeps at least one; got {len(gone)} of them to drop")
     kept = [channel for channel in range(count) if channel not in gone]
@@ -48,11 +48,14 @@ def _tied(model: Model) -> bool:
     return head is not None and head.weight is embedding.weight
 
 
-def _places(model: Model, count: int) -> list[tuple[str, tuple[tuple[str, int], ...]]]:
-    """Every module that holds the stream's channels, by path, with the parameters concerned and the dimension of each."""
+def places(model: Model) -> list[tuple[str, tuple[tuple[str, int], ...]]]:
+    """Every module that holds the stream's channels, by path, with the parameters concerned and the dimension of each; of tied ones the embedding.
+
+    Raises InputError for a network in which they cannot be told, as `drop_width` does.
+    """
     from torch import nn
 
-    network, what = model.network, f"the width of this {model.base.model_type}"
+    network, count, what = model.network, width(model), f"the width of this {model.base.model_type}"
     if len(model.anatomy.stacks) != 1:
         raise InputError(f"{what} cannot be cut: it has {len(model.anatomy.stacks)} stacks of blocks")
     reads, writes = set(), set()
