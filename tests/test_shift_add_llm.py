@@ -12,9 +12,9 @@ from architectures import small
 from test_second_order import GROUPS, by_hand, eliminated
 from texts import LENGTH, TOKENS, linear_layers, matrix
 
-from etude.methods.compress import shift_add
+from etude.methods.compress import shift_add_llm
 from etude.methods.compress._codes import coded
-from etude.methods.compress.shift_add import ShiftAddLLM, allot
+from etude.methods.compress.shift_add_llm import ShiftAddLLM, allot
 from etude.values import checkpoint
 from etude.values.errors import InputError
 
@@ -99,7 +99,7 @@ def test_weights_alone_are_coded_output_by_output():
 def test_mixed_bits_keep_the_mean_and_lose_less(monkeypatch):
     model = texts.reader("llama")
     seen = []
-    monkeypatch.setattr(shift_add, "allot", lambda *given: seen.append((given, allot(*given))) or seen[-1][1])
+    monkeypatch.setattr(shift_add_llm, "allot", lambda *given: seen.append((given, allot(*given))) or seen[-1][1])
     ShiftAddLLM(bits=3, mixed=True, objective="weights", group=16, **GIVEN)(model, texts.corpus())
     (errors, sizes, choices, bits), found = seen[0]
     assert sum(size * count for size, count in zip(sizes, found, strict=True)) <= bits * sum(sizes)
