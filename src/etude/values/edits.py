@@ -95,6 +95,20 @@ class Attributes:
 
 
 @dataclass(frozen=True)
+class Silence:
+    """Put in the place of an attention or a feed-forward layer, whose output is added to the residual stream, one that has no weights and gives zeros."""
+
+    module: str
+    outputs: int
+    """Length of the tuple that the layer gives, whose first member is the output; 0 if it gives the output alone."""
+
+    def apply(self, network: nn.Module) -> None:
+        from etude.values.silent import Silent
+
+        network.set_submodule(self.module, Silent(self.outputs))
+
+
+@dataclass(frozen=True)
 class Tie:
     """Let what the config ties share one parameter again, after one of them was cut."""
 

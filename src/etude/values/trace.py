@@ -81,12 +81,12 @@ def output_dim(module: nn.Module) -> int:
 
 
 def stacks(network: nn.Module) -> list[str]:
-    """Paths of the outermost lists of equal modules that hold linear layers: the blocks of each stack."""
+    """Paths of the outermost lists of equal modules, one of which at least holds linear layers: the blocks of each stack."""
     found: list[str] = []
     for name, module in network.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and not any(name.startswith(outer + ".") for outer in found):
             kinds = {type(item) for item in module}
-            if len(kinds) == 1 and all(any(is_linear(part) for part in item.modules()) for item in module):
+            if len(kinds) == 1 and any(is_linear(part) for item in module for part in item.modules()):
                 found.append(name)
     return found
 
