@@ -15,7 +15,8 @@ def coded(values: Tensor, bits: int, *, powers: bool, rounds: int = ROUNDS) -> T
     """Each group of numbers as Σ scale_i · sign_i with `bits` scales of its own, nearly the closest in squares; the same shape.
 
     values: (groups, members) float32.  Scales and signs are fitted in turn (Xu et al., "Alternating Multi-bit Quantization", 2018, section 3): scales by least squares to the signs, signs by the
-    nearest of the 2^bits sums; begun greedily, each scale the mean magnitude of what the ones before it leave.  powers: scales are rounded to powers of two at the end, and signs chosen again.
+    nearest of the 2^bits sums, until nothing changes; begun greedily, each scale the mean magnitude of what the ones before it leave.
+    powers: scales are rounded to powers of two at the end, and signs chosen again.
     Cost: rounds · members · 2^bits comparisons a group.
     """
     signs, rest = [], values.clone()
@@ -24,10 +25,15 @@ def coded(values: Tensor, bits: int, *, powers: bool, rounds: int = ROUNDS) -> T
         rest = rest - rest.abs().mean(1, keepdim=True) * signs[-1]
     code = torch.stack(signs, 2)  # (groups, members, bits)
     patterns = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=bits)), device=values.device)
+    before = None
     for _ in range(rounds):
         scales = fitted(values, code)
-        code = patterns[nearest(values, scales @ patterns.T)]
-    scales = fitted(values, code)
+        chosen = nearest(values, scales @ patterns.T)
+        if before is not None and torch.equal(chosen, before):
+            break
+        code, before = patterns[chosen], chosen
+    else:
+        scales = fitted(values, code)
     if powers:
         scales = scales.sign() * torch.exp2(scales.abs().clamp(min=torch.finfo(values.dtype).tiny).log2().round())
     sums = scales @ patterns.T

@@ -48,7 +48,7 @@ class ShiftAddLLM(Method):
     mixed: bool = False
     """Whether layers get more or fewer bits by their sensitivity."""
     group: int = 128
-    """Inputs of an output (``weights``), or outputs of an input (``joint``), that share scales, at least 2."""
+    """Inputs of an output (``weights``), or outputs of an input (``joint``), that share scales at most, at least 2; a layer's groups are as even as can be."""
     damp: float = 0.01
     """What is added to the diagonal of the second moments, as a share of its mean, more than 0."""
     tokens: int = 32768
@@ -93,12 +93,12 @@ class ShiftAddLLM(Method):
         return self._in_groups(weight.float(), bits).to(weight.dtype)
 
     def _in_groups(self, values: Tensor, bits: int) -> Tensor:
-        """Rows coded in groups of consecutive members, the last of which may be shorter; (rows, members)."""
+        """Rows coded in the fewest groups of consecutive members that are no larger than `group`, and as even as can be; (rows, members)."""
         rows, members = values.shape
-        whole = members // self.group * self.group
-        parts = [coded(values[:, :whole].reshape(-1, self.group), bits, powers=True).view(rows, whole)] if whole else []
-        if whole < members:
-            parts.append(coded(values[:, whole:], bits, powers=True))
+        count = -(-members // self.group)
+        small, larger = divmod(members, count)
+        edge = larger * (small + 1)
+        parts = [coded(part.reshape(-1, size), bits, powers=True).view(rows, -1) for part, size in ((values[:, :edge], small + 1), (values[:, edge:], small)) if part.shape[1]]
         return torch.cat(parts, 1)
 
     def _allotted(self, model: Model, rows: list[np.ndarray]) -> dict[str, int]:
