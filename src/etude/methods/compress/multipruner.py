@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 
 from etude.engine.progress import report, silent
 from etude.engine.score import mean_loss, require_causal, sample_rows
@@ -109,18 +111,34 @@ class Pruning:
         """Parameters that may still go until this part of the ratio is spent."""
         return part * self.ratio * self.total - self.gone
 
-    def _loss(self, draft: Model) -> float:
-        with silent():
-            return mean_loss(draft, self.rows, window=max(map(len, self.rows)))
+    @torch.no_grad()
+    def _loss(self, output: str, columns: list[int] | None = None) -> float:
+        """The loss without some input channels of an output projection, by default without all that it writes; as a cut would have it, and without one."""
+        module: Any = self.draft.network.get_submodule(output)
+        weight, bias = weight_of(module), getattr(module, "bias", None)
+        kept = weight.clone(), None if bias is None else bias.clone()
+        weight[:, slice(None) if columns is None else columns] = 0
+        if columns is None and bias is not None:
+            bias.zero_()
+        try:
+            with silent():
+                return mean_loss(self.draft, self.rows, window=max(map(len, self.rows)))
+        finally:
+            weight.copy_(kept[0])
+            if bias is not None:
+                bias.copy_(kept[1])
+
+    def _output(self, index: int, attention: bool) -> str:
+        """Path of the projection by which an attention or a feed-forward layer writes."""
+        block = self.draft.anatomy.blocks[index]
+        part = block.attention if attention else block.feed_forward
+        assert part is not None
+        return part.output
 
     def whole(self, part: float) -> None:
         """Take sub-layers away while they fit."""
         while fitting := [one for one in self._sublayers() if one.parameters <= self._room(part)]:
-            losses = []
-            for one in fitting:
-                view = self.draft.sharing()
-                silence(view, [one])
-                losses.append(self._loss(view))
+            losses = [self._loss(self._output(one.block, one.attention)) for one in fitting]
             silence(self.draft, [fitting[int(np.argmin(losses))]])
             report("taking parts of blocks away", self.gone, self.ratio * self.total)
 
@@ -137,11 +155,7 @@ class Pruning:
             offered = [(site, count) for site in places if (count := self._portion(site)) and site.costs[0] * count <= self._room(part) + (site.costs[0] * count / 2 if last else 0)]
             if not offered:
                 return
-            losses = []
-            for site, count in offered:
-                view = self.draft.copy()
-                cut(view, [site], [self._least(site, count)])
-                losses.append(self._loss(view))
+            losses = [self._loss(site.output, site.columns(self._least(site, count))) for site, count in offered]
             site, count = offered[int(np.argmin(losses))]
             cut(self.draft, [site], [self._least(site, count)])
             report("taking heads away" if attention else "taking channels away", self.gone, self.ratio * self.total)
