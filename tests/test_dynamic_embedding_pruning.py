@@ -283,5 +283,5 @@ def test_only_the_pruned_model_can_be_restored():
         RestoreEmbedding()(Model(small("llama").network, numbered(50)), pruned)
     wider = small("llama").base
     wider.intermediate_size += 1
-    with pytest.raises(InputError, match=r"model, and .* in the full one"):
+    with pytest.raises(InputError, match=r"model and .* in the full one"):
         RestoreEmbedding()(Model(checkpoint.network_class(wider)(wider), numbered(VOCABULARY)), pruned)

@@ -213,7 +213,7 @@ def test_methods_and_show(etude):
     assert all(row["removes"] and row["cost"] for row in room.values()), [name for name, row in room.items() if not (row["removes"] and row["cost"])]
     assert room["compress.sleb"]["needs"] == ["calibration"]
     assert (room["compress.magnitude"]["verdict"], room["compress.flap"]["verdict"]) == ("a baseline", "contradicted")
-    assert "heads and channels" in etude("show", "compress")[1]
+    assert "whole blocks." in etude("show", "compress")[1]
 
 
 # What the code's digest covers.
