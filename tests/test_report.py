@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from etude.study import compare
-from etude.study.report import judged, render
+from etude.study.report import frontier, judged, render
 from etude.study.report.plots import Point, Scale, Span, duration, graph, plain
 from etude.values.measurement import HIGHER, Measurement
 
@@ -387,8 +387,6 @@ def test_every_edge_of_the_graph_has_an_arrow():
 
 
 def test_the_line_goes_through_what_no_other_beats_on_both():
-    from etude.study.report import frontier
-
     places = [(1, 9), (2, 7), (2, 8), (3, 7), (4, 3), (5, 4), (6, 1)]
     points = [Point(str(place), "", "", float(x), float(y), None, None, ()) for place, (x, y) in enumerate(places)]
 
