@@ -11,15 +11,18 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from etude.study.journal import Journal
     from etude.study.run import Event, Run
 
 QUIET_FOR = 30.0
 """Seconds after which a long step says how far it is, where no moving line can be drawn."""
+BAR_AFTER = 0.5
+"""Seconds after which work is worth a bar."""
 
 
 @contextmanager
-def live(total: int | None, quiet: bool) -> Iterator[Callable[[Event], None]]:
-    """One line a finished step (with its number, where their total is known), and while one runs, how far it is; on a terminal as a moving line."""
+def live(journal: Journal, quiet: bool) -> Iterator[Callable[[Event], None]]:
+    """One line a finished step, and while one runs, how far it is; on a terminal as a moving line.  The journal hears of everything too."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,6 +30,7 @@ def live(total: int | None, quiet: bool) -> Iterator[Callable[[Event], None]]:
 
     console = Console(stderr=True, quiet=quiet, highlight=False)
     done, spoken = 0, time.monotonic()
+    total = len(journal.steps)
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
@@ -40,6 +44,7 @@ def live(total: int | None, quiet: bool) -> Iterator[Callable[[Event], None]]:
 
         def hear(report: progress.Progress) -> None:
             nonlocal spoken
+            journal.progress(report)
             if not console.is_terminal and time.monotonic() - spoken > QUIET_FOR:
                 spoken = time.monotonic()
                 console.print(f"{report.done / report.total:>8.0%}  {report.doing} {report.note}".rstrip(), markup=False, soft_wrap=True)
@@ -47,6 +52,7 @@ def live(total: int | None, quiet: bool) -> Iterator[Callable[[Event], None]]:
 
         def listen(event: Event) -> None:
             nonlocal done, spoken
+            journal.event(event)
             spoken = time.monotonic()
             if event.state == "started":
                 bar.reset(task, description=event.node.label, total=1.0, note="", visible=True)
@@ -55,11 +61,27 @@ def live(total: int | None, quiet: bool) -> Iterator[Callable[[Event], None]]:
                 done += 1
             bar.update(task, visible=False)
             seconds = f"{event.seconds:7.1f} s" if event.seconds else " " * 9
-            place = f"[{done:>{len(str(total))}}/{total}] " if total else ""
+            place = f"[{done:>{len(str(total))}}/{total}] "
             console.print(f"{place}{seconds}  {event.state:<9} {event.node.label}" + (f": {event.error}" if event.error else ""), markup=False, soft_wrap=True)
 
         with progress.listening(hear):
             yield listen
+
+
+@contextmanager
+def bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that is told how far it is, done of total; nothing is drawn for what is done at once, or where nobody looks."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    begun = time.monotonic()
+    with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), console=Console(stderr=True), transient=True) as drawn:
+        task = drawn.add_task(doing, visible=False)
+
+        def told(done: int, total: int) -> None:
+            drawn.update(task, completed=done, total=total, visible=done < total and time.monotonic() - begun > BAR_AFTER)
+
+        yield told
 
 
 def outcome_table(found: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from etude.cli import claims, compare, methods, papers, show, store, studies
+from etude.cli import claims, compare, methods, papers, serve, show, store, studies
 from etude.cli.options import MISTAKE
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command()(studies.report)
 app.command()(compare.compare)
 app.command()(studies.export)
 app.add_typer(store.app, name="store")
+app.command()(serve.serve)
 
 
 def main() -> None:

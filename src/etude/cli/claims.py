@@ -82,11 +82,14 @@ def _run(claim: Any, place: Any, out: Path, overrides: list[str], record: bool, 
     from etude.cli.show import expectations
     from etude.papers import claims
     from etude.papers.status import VERDICTS
+    from etude.study.journal import Journal
 
     if not quiet:
         typer.secho(f"\n{claim.paper.name}: {claim.paper.claim}\n", bold=True)
-    with console.live(None, quiet=quiet) as listen:
-        tested = claims.put_to_test(claim, place, out / claim.paper.slug, overrides, listen)
+    plan, folder = claims.planned(claim, overrides), out / claim.paper.slug
+    with Journal(plan, place, folder) as journal, console.live(journal, quiet=quiet) as listen:
+        tested = claims.put_to_test(claim, plan, place, folder, listen)
+        journal.ended(VERDICTS[tested.evidence.verdict])
     if record and not tested.run.failed:
         claims.record(tested)
     if not quiet:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from etude import console
-from etude.cli.options import AsJson
+from etude.cli.options import AsJson, StoreAt
 
 if TYPE_CHECKING:
     from etude.papers.catalogue import Paper
@@ -20,26 +20,30 @@ def show(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A paper's slug, such as `sleb`; a method, measure or world, such as `compress.sleb` or `perplexity`; or a stage, such as `compress`.",
+            help="A paper's slug or arXiv number, such as `sleb`; a method, measure or world, such as `compress.sleb` or `perplexity`; or a stage, such as `compress`.",
         ),
     ],
+    store: StoreAt = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a paper's card: what it does, its claim, our evidence, a study to copy; a method's: its source, inputs and parameters; or a stage's methods, side by side."""
+    from etude.cli.papers import shelf
     from etude.method import names
-    from etude.papers.catalogue import catalogue
+    from etude.papers.catalogue import arxiv_number, find
+    from etude.papers.rooms import method_card
     from etude.values.errors import InputError, nearest
 
-    if name in catalogue():
-        _show_paper(catalogue()[name], as_json)
+    papers = shelf(store).papers()
+    if name in papers or arxiv_number(name):
+        _show_paper(find(name, papers), as_json)
         return
     if name in {method.partition(".")[0] for method in names("methods")}:
         _show_stage(name, as_json)
         return
     room = next((room for room in ("measures", "worlds") if name in names(room)), "methods")
     if "." not in name and room == "methods":
-        raise InputError(f"there is no paper, measure or world {name!r}", remedy=nearest(name, [*catalogue(), *names("measures"), *names("worlds"), *names("methods")]))
-    data = _method(room, name)
+        raise InputError(f"there is no paper, measure or world {name!r}", remedy=nearest(name, [*papers, *names("measures"), *names("worlds"), *names("methods")]))
+    data = method_card(room, name)
     if as_json:
         typer.echo(json.dumps(data, indent=1))
         return
@@ -50,20 +54,9 @@ def show(
 
 def _show_stage(stage: str, as_json: bool) -> None:
     """The methods of a stage in a table: what each takes away, what it needs, what it costs, and what became of its paper here."""
-    from etude.method import discover, interface
-    from etude.papers.catalogue import catalogue
-    from etude.papers.status import status
+    from etude.papers.rooms import stage_rows
 
-    rows: list[dict[str, Any]] = []
-    for name, cls in sorted(discover("methods").items()):
-        if name.partition(".")[0] != stage:
-            continue
-        face = interface(cls)
-        needs = [slot.name for slot in face.inputs if slot.name != "model"] + (["training"] if face.budgeted else [])
-        paper = catalogue().get(face.cls.paper or "")
-        found = status(paper) if paper else None
-        verdict = "a baseline" if found is None else (found.verdict or "not tested yet")
-        rows.append({"method": name, "removes": face.told("Removes"), "needs": needs, "cost": face.told("Cost"), "paper": face.cls.paper, "verdict": verdict, "summary": face.summary})
+    rows = stage_rows(stage)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -71,13 +64,6 @@ def _show_stage(stage: str, as_json: bool) -> None:
     header = ["method", *(["removes"] if removes else []), "needs", "cost", "its claim, here"]
     console.table(header, [[row["method"], *([row["removes"] or "–"] if removes else []), ", ".join(row["needs"]) or "nothing", row["cost"] or "–", row["verdict"]] for row in rows])
     typer.echo("\none of them: etude show NAME; the evidence of a claim: etude show PAPER")
-
-
-def _method(room: str, name: str) -> dict[str, Any]:
-    from etude.method import find, interface
-
-    face = interface(find(room, name))
-    return {**face.as_data(), "documentation": face.documentation}
 
 
 def _parameters(data: dict[str, Any]) -> None:
@@ -91,13 +77,13 @@ def _parameters(data: dict[str, Any]) -> None:
 
 
 def _show_paper(paper: Paper, as_json: bool) -> None:
-    from etude.method import names
     from etude.papers.claims import claims
-    from etude.papers.status import as_data, status
+    from etude.papers.rooms import method_card, room_of
+    from etude.papers.status import NEW, as_data, status
 
     found, claim = status(paper), claims().get(paper.slug)
     known = claim.evidence if claim else None
-    methods = [_method(next(room for room in ("measures", "worlds", "methods") if room == "methods" or name in names(room)), name) for name in found.methods]
+    methods = [method_card(room_of(name), name) for name in found.methods]
     if as_json:
         evidence = {**known.data, "state": claim.state} if claim and known else None
         typer.echo(json.dumps({**as_data(paper), "methods": methods, "evidence": evidence, "study": claim.text if claim else None}, indent=1))
@@ -105,6 +91,11 @@ def _show_paper(paper: Paper, as_json: bool) -> None:
     typer.secho(f"{paper.name}: {found.words}", bold=True)
     facts = [paper.title, ", ".join(filter(None, (paper.kind, paper.stage, paper.date, f"{paper.authors} authors" if paper.authors else None))), paper.address]
     typer.echo("\n".join(fact for fact in facts if fact))
+    if paper.abstract:
+        _paragraph("Its abstract", paper.abstract)
+    if found.status == NEW:
+        typer.echo(f"\nnot in the catalogue; on your shelf since {(paper.added or '')[:10]}")
+        return
     _paragraph("What it does", paper.does)
     _paragraph("Its claim", paper.claim)
     if paper.covers is not None:

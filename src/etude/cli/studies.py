@@ -25,16 +25,19 @@ def run(
 
     What was computed once is never computed again; an interrupted run goes on where it stood.
     """
+    from etude.study.journal import Journal
+
     plan = planned(study, set_, seeds)
-    place = opened(store)
-    with console.live(len([node for node in plan.nodes if node.kind != "given"]), quiet=as_json) as listen:
-        from etude.study.run import run as walk
+    place, folder = opened(store), out or Path("out") / plan.study.name
+    with Journal(plan, place, folder) as journal:
+        with console.live(journal, quiet=as_json) as listen:
+            from etude.study.run import run as walk
 
-        done = walk(plan, place, only or (), listen)
-    from etude.study.results import write
+            done = walk(plan, place, only or (), listen)
+        from etude.study.results import write
 
-    folder = out or Path("out") / plan.study.name
-    found = write(done, folder)
+        found = write(done, folder)
+        journal.ended(found["verdict"])
     if as_json:
         typer.echo(json.dumps(found))
     else:

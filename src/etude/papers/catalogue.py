@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ class Paper:
     """Work it stands beside, by name."""
     covers: tuple[str, ...] | None = None
     """For one with nothing to run: slugs of the papers here on its subject."""
+    abstract: str = ""
+    """Of a paper from the user's shelf, as its source gave it; the catalogue keeps none."""
+    comments: int | None = None
+    """Under it, where it was found; None where unknown."""
+    upvotes: int | None = None
+    added: str | None = None
+    """When it came to the shelf, in UTC; None for one of the catalogue alone."""
 
     @property
     def year(self) -> int | None:
@@ -60,19 +68,23 @@ def catalogue() -> Mapping[str, Paper]:
     return types.MappingProxyType({row["slug"]: Paper(**{**row, "related": tuple(row["related"]), "covers": tuple(row["covers"]) if "covers" in row else None}) for row in rows})
 
 
-def find(slug: str) -> Paper:
-    """The paper of this slug.  Raises InputError with the nearest ones."""
-    if slug in catalogue():
-        return catalogue()[slug]
-    raise InputError(f"there is no paper {slug!r}", remedy=nearest(slug, catalogue()))
+def find(slug: str, papers: Mapping[str, Paper] | None = None) -> Paper:
+    """The paper of this slug or arXiv number, of the catalogue or of these.  Raises InputError with the nearest ones."""
+    known = catalogue() if papers is None else papers
+    if slug in known:
+        return known[slug]
+    number = arxiv_number(slug)
+    for paper in known.values() if number else ():
+        if paper.arxiv == number:
+            return paper
+    raise InputError(f"there is no paper {slug!r}", remedy=nearest(slug, known))
 
 
-def matching(papers: Iterable[Paper], text: str) -> list[Paper]:
-    """The papers in which every word of a text occurs, those first that have more of the words in their name or title."""
-    words = text.lower().split()
+def arxiv_number(text: str) -> str | None:
+    """The arXiv number in a text, without its version; None if there is none.
 
-    def hits(paper: Paper) -> int:
-        return sum(word in f"{paper.slug} {paper.name} {paper.title}".lower() for word in words)
-
-    found = [paper for paper in papers if all(word in " ".join((paper.slug, paper.name, paper.title, paper.does, paper.claim, *paper.related)).lower() for word in words)]
-    return sorted(found, key=lambda paper: -hits(paper))
+    >>> arxiv_number("https://arxiv.org/abs/2402.09025v2")
+    '2402.09025'
+    """
+    found = re.search(r"(?<![\d.])(\d{2}(?:0[1-9]|1[0-2])\.\d{4,5})(?!\d)|(?<![a-z.-])([a-z]+(?:-[a-z]+)?(?:\.[A-Z]{2})?/\d{7})(?!\d)", text)
+    return next(filter(None, found.groups())) if found else None

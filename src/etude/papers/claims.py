@@ -11,7 +11,7 @@ from typing import Any
 
 from etude.papers import evidence
 from etude.papers.catalogue import Paper, find
-from etude.study.plan import build
+from etude.study.plan import Plan, build
 from etude.study.recipe import Study
 from etude.study.results import write
 from etude.study.run import Event, Run, run
@@ -68,12 +68,13 @@ class Tested:
     evidence: evidence.Evidence
 
 
-def put_to_test(one: Claim, store: Store, folder: Path, overrides: Sequence[str] = (), listen: Callable[[Event], None] = lambda event: None) -> Tested:
-    """Run a claim's study; results, report and evidence go into a folder.
+def planned(one: Claim, overrides: Sequence[str] = ()) -> Plan:
+    """A claim's study, unrolled.  overrides: changes to it, `base=…` above all: the claim on another model."""
+    return build(Study.read(one.path, overrides))
 
-    overrides: changes to the study, `base=…` above all: the claim on another model.
-    """
-    plan = build(Study.read(one.path, overrides))
+
+def put_to_test(one: Claim, plan: Plan, store: Store, folder: Path, listen: Callable[[Event], None] = lambda event: None) -> Tested:
+    """Run a claim's study as it was planned; results, report and evidence go into a folder."""
     done = run(plan, store, listen=listen)
     found = write(done, folder)
     data = evidence.build(one.paper, plan, found)

@@ -9,12 +9,13 @@ from etude.method import by_paper
 from etude.papers import evidence
 from etude.papers.catalogue import Paper
 
-PLANNED, RUNS, CHECKED, SURVEY = "planned", "runs", "checked", "survey"
+PLANNED, RUNS, CHECKED, SURVEY, NEW = "planned", "runs", "checked", "survey", "new"
 STATUSES = {
     PLANNED: "nothing of it runs here yet",
     RUNS: "a method carries its slug",
     CHECKED: "its claim was put to the test, and the evidence is here",
     SURVEY: "there is nothing to run; it covers other papers",
+    NEW: "synced, added or imported here, and not in the catalogue",
 }
 VERDICTS = {"holds": "holds here", "contradicted": "contradicted here", "undecided": "undecided here"}
 
@@ -38,6 +39,8 @@ class Status:
 def status(paper: Paper) -> Status:
     """Read from the sources and the evidence.  Cost: once some milliseconds for all methods, then one small file a paper."""
     methods = by_paper().get(paper.slug, ())
+    if not paper.stage:
+        return Status(NEW, methods)
     if paper.covers is not None:
         return Status(SURVEY, methods)
     known = evidence.read(paper.slug)
