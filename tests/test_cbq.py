@@ -141,13 +141,13 @@ def test_rounding_and_its_gradients_are_those_of_the_rules(along, rounding):
     by_step, by_shift = torch.zeros_like(one.steps), torch.zeros(6, 10)
     for row, column in itertools.product(range(6), range(10)):
         part = column // 4
-        scale = float(one.scale[row, part] * one.steps[row, part].exp())
+        scale = float(one.scale[row, part]) * math.exp(float(one.steps[row, part].detach()))
         zero, w = float(one.zero[row, part]), float(weight[row, column])
         below = math.floor(w / scale)
-        v = math.log((w / scale - below + 0.1) / (1.1 - (w / scale - below))) + float(shift[row, column])
+        v = math.log((w / scale - below + 0.1) / (1.1 - (w / scale - below))) + float(shift[row, column].detach())
         level = round(w / scale) if rounding == "nearest" else below + (v >= 0)
         clipped = min(max(level + zero, -2), 1)
-        assert float(made[row, column]) == pytest.approx(scale * (clipped - zero), abs=1e-5)
+        assert float(made[row, column].detach()) == pytest.approx(scale * (clipped - zero), abs=1e-5)
         inside = clipped == level + zero
         sigmoid = 1 / (1 + math.exp(-v))
         h = 1.2 * sigmoid * (1 - sigmoid) if 0 < 1.2 * sigmoid - 0.1 < 1 else 0.0
@@ -236,8 +236,9 @@ def test_the_first_step_goes_down_the_slope_of_the_loss(name):
     loss.backward()
     for path in paths:
         ratio = made.network.get_submodule(path).weight_scale.log() - (model.network.get_submodule(path).weight.detach().unflatten(1, (-1, 16)).abs().amax(2) / 3).log()
-        clear = logs[path].grad.abs() > 1e-2 * logs[path].grad.abs().max()
-        torch.testing.assert_close(ratio[clear], -0.01 * logs[path].grad[clear].sign(), rtol=1e-2, atol=1e-4)
+        slope = logs[path].grad
+        clear = slope.abs() > 1e-2 * slope.abs().max()
+        torch.testing.assert_close(ratio[clear], -0.01 * slope[clear].sign(), rtol=5e-2, atol=0)  # a small slope is dulled by Adam's epsilon
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -250,8 +251,8 @@ def test_what_it_learns_is_nearer_to_the_full_precision_model(name):
 
     grid = {"bits": 3, "group": 16}
     nearest = error(RoundToNearest(**grid)(model))
-    scales = error(CBQ(**grid, **GIVEN, epochs=15, rounding="nearest", scale_rate=3e-3)(model, texts.corpus(), seed=0))
-    rounded = error(CBQ(**grid, **GIVEN, epochs=15, scale_rate=3e-3)(model, texts.corpus(), seed=0))
+    scales = error(CBQ(**grid, **GIVEN, epochs=6, rounding="nearest", scale_rate=3e-3)(model, texts.corpus(), seed=0))
+    rounded = error(CBQ(**grid, **GIVEN, epochs=6, scale_rate=3e-3)(model, texts.corpus(), seed=0))
     assert rounded < scales < nearest
 
 

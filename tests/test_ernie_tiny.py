@@ -13,6 +13,7 @@ from test_cloze import masked, records
 
 from etude.engine import cloze
 from etude.engine.budget import Budget
+from etude.engine.eager import eager
 from etude.engine.feed import Batch, Cut
 from etude.methods.compress import _latent
 from etude.methods.compress.ernie_tiny import STAGES, ErnieTiny, Teaching, split
@@ -53,7 +54,7 @@ def maps_by_hand(network: t.BertForMaskedLM) -> list[torch.Tensor]:
 def test_maps_are_those_of_queries_and_keys_and_their_distance_is_kl():
     model, other = teachers("bert")
     before = model.network.config._attn_implementation
-    with torch.no_grad(), _latent.showing(model.network), _latent.showing(other.network):
+    with torch.no_grad(), eager(model.network), eager(other.network):
         mine, theirs = (_latent.look(one.network, Batch(IDS, IDS, mask=MASK)) for one in (model, other))
     assert model.network.config._attn_implementation == before
     by_hand, known = maps_by_hand(model.network), maps_by_hand(other.network)
@@ -88,11 +89,11 @@ def test_the_loss_of_a_stage_is_the_sum_of_its_terms(name, stage):
     for row, one in enumerate(asked):
         ids[row, : len(one.ids)], mask[row, : len(one.ids)] = torch.from_numpy(one.ids), True
     student = method._student(model, 0)
-    with Teaching(method, student, other, stage, asked) as teaching, _latent.showing(student.network), torch.no_grad():
+    with Teaching(method, student, other, stage, asked) as teaching, eager(student.network), torch.no_grad():
         lost = teaching.loss(student.network, Batch(ids, ids, mask=mask, tags=[0, 1, 2]))
     assert lost.counted == 3
 
-    with torch.no_grad(), _latent.showing(student.network), _latent.showing(other.network):
+    with torch.no_grad(), eager(student.network), eager(other.network):
         given = {"input_ids": ids, "attention_mask": mask.long(), "output_hidden_states": True, "output_attentions": True}
         s, its = student.network(**given), other.network(**given)
     pairs = [(0, 0), (1, 2)]  # of two blocks the first for the first of three, the last for the last

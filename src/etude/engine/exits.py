@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from etude.engine import batch, cloze, fused, losses
 from etude.engine.cloze import Question
 from etude.engine.cost import spend
+from etude.engine.eager import eager
 from etude.engine.feed import Batch
 from etude.engine.progress import report
 from etude.engine.score import row_tokens
@@ -213,7 +214,7 @@ def _block_flops(network: nn.Module, paths: Sequence[str], length: int) -> np.nd
         handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
     ids = torch.zeros((1, length), dtype=torch.long, device=next(network.parameters()).device)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), eager(network), counter:
             network(input_ids=ids)
     finally:
         for handle in handles:

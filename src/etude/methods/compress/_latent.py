@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from etude.engine.eager import eager
 from etude.engine.feed import Batch
 from etude.values.errors import InputError
 
@@ -30,24 +31,10 @@ class Seen(NamedTuple):
 
 
 def look(network: nn.Module, part: Batch, deep: bool = True) -> Seen:
-    """A forward pass; deep: with the states and, inside `showing`, the attention maps."""
+    """A forward pass; deep: with the states and, inside `eager.eager`, the attention maps."""
     more = {"output_hidden_states": True, "output_attentions": True} if deep else {}
     found = network(input_ids=part.ids, attention_mask=torch.ones_like(part.ids) if part.mask is None else part.mask.long(), **more)
     return Seen(found.logits, tuple(found.hidden_states[1:]), tuple(found.attentions)) if deep else Seen(found.logits, (), ())
-
-
-@contextmanager
-def showing(network: nn.Module) -> Iterator[None]:
-    """Inside, attention is computed step by step, so that its maps are there to be seen."""
-    configs: dict[int, Any] = {id(config): config for module in network.modules() if hasattr(config := getattr(module, "config", None), "_attn_implementation")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
 
 
 def spread(few: int, many: int) -> list[int]:
@@ -58,7 +45,7 @@ def spread(few: int, many: int) -> list[int]:
 def check(network: nn.Module, blocks: int, what: str) -> tuple[int, int]:
     """Width of the states and heads of a network whose attention can be seen.  Raises InputError if it cannot.  Cost: a pass over two tokens."""
     ids = torch.zeros((1, 2), dtype=torch.long, device=next(network.parameters()).device)
-    with torch.no_grad(), showing(network):
+    with torch.no_grad(), eager(network):
         found = network(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True, output_attentions=True)
     if len(found.hidden_states or ()) != blocks + 1 or len(found.attentions or ()) != blocks or any(one is None for one in found.attentions):
         raise InputError(f"{what} compares attention maps, and this {network.config.model_type} does not show those of every block", remedy="Set maps to 0.")  # type: ignore[union-attr]

@@ -39,6 +39,7 @@ class Rounded(nn.Module):
         """weight: (outputs, inputs); along: the dimension of the module's own weight that holds the inputs; random: for the first of two factors of `rank`."""
         super().__init__()
         outputs, inputs = weight.shape
+        self.count = weight.numel()
         self.size, self.along = min(group or inputs, inputs), along
         grids = [grid(part.float(), bits, symmetric) for part in weight.split(self.size, 1)]
         self.low, self.high = grids[0].low, grids[0].high

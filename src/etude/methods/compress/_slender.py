@@ -16,7 +16,7 @@ from etude.values.anatomy import output_dim
 from etude.values.edits import Edit, Tie
 from etude.values.errors import InputError
 from etude.values.model import Model
-from etude.values.trace import is_linear
+from etude.values.trace import Attention, FeedForward, is_linear
 from etude.values.width import width
 
 Places = list[tuple[str, tuple[tuple[str, int], ...]]]
@@ -120,8 +120,9 @@ def stream_places(model: Model) -> Places:
         layer = block.feed_forward
         if layer is not None and layer.experts:
             raise InputError(f"{what} cannot be cut: block {block.index} has experts")
-        for part in (*block.parts.attentions, *([layer] if layer else [])):
-            reads = part.rows if hasattr(part, "rows") else part.inputs
+        parts: list[Attention | FeedForward] = [*block.parts.attentions, *([layer] if layer else [])]
+        for part in parts:
+            reads = part.rows if isinstance(part, Attention) else part.inputs
             inside |= {path: 1 - output_dim(network.get_submodule(path)) for path in reads} | {part.output: output_dim(network.get_submodule(part.output))}
     paths, head = tuple(f"{block.path}." for block in model.anatomy.blocks), network.get_output_embeddings()
     found: Places = []

@@ -186,9 +186,9 @@ class CBQ(Method):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            report("reconstructing windows", turn[0] * total + step + 1, turn[1] * total, f"loss {float(loss):.3g}")
+            report("reconstructing windows", turn[0] * total + step + 1, turn[1] * total, f"loss {float(loss.detach()):.3g}")
         tokens = sum(int(batch.real.sum()) for batch in sides[0])
-        weights = sum(weight_of(module).numel() for block in blocks for path, module in block.module.named_modules() if path and f"{block.path}.{path}" in block.parts.linears)
+        weights = sum(one.count for one in learned)
         spend(tokens=2 * self.epochs * tokens, flops=2.0 * weights * tokens * (1 + 6 * self.epochs))  # matrix products: the pass that tells what is wanted, and both sides there and back
 
 

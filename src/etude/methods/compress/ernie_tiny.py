@@ -16,6 +16,7 @@ from etude.engine.budget import Budget
 from etude.engine.classify import Labelled
 from etude.engine.cloze import Question
 from etude.engine.distil import same_tokens
+from etude.engine.eager import eager
 from etude.engine.feed import Batch, Cut
 from etude.engine.train import train
 from etude.methods._training import Training
@@ -103,7 +104,7 @@ class ErnieTiny(Training):
             if deep:
                 wide = [_latent.check(one.network, sum(one.anatomy.stacks.values()), "ERNIE-Tiny")[0] for one in (draft, model, tuned)]
                 stack.enter_context(_latent.widened(draft.network, sum(draft.anatomy.stacks.values()), wide[0], wide[1:]))
-                stack.enter_context(_latent.showing(draft.network))
+                stack.enter_context(eager(draft.network))
             for place, (stage, part) in enumerate(zip(self.stages, parts, strict=True)):
                 known = model if stage == STAGES[0] else tuned
                 with Teaching(self, draft, known, stage, asked) as teaching:
@@ -137,7 +138,7 @@ class Teaching:
 
     def __enter__(self) -> Teaching:
         self.stack = ExitStack()
-        for enter in (losses.headless, fused.fused, *([_latent.showing] if self.deep else [])):
+        for enter in (losses.headless, fused.fused, *([eager] if self.deep else [])):
             self.stack.enter_context(enter(self.known))
         return self
 
