@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # torch comes first and pinned, from wherever pip is set up to find it: a resolver that is left to choose takes a build of several gigabytes.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test check format lock clean
+.PHONY: demo test check format lock vectors clean
 
 demo: $(VENV)/.installed
 	$(BIN)/etude run examples/depth-pruning.yaml
@@ -37,6 +37,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # Write down exactly what is installed now, for everybody after.
 lock: $(VENV)/.installed-dev
 	$(BIN)/pip freeze --exclude-editable | grep -v '^torch==' > requirements.lock
+
+# The catalogue's vectors, after its texts have changed.
+vectors: $(VENV)/.installed-dev
+	$(BIN)/python -c 'from etude.papers.vectors import ship; ship()'
 
 clean:
 	rm -rf $(VENV) .etude build dist src/*.egg-info

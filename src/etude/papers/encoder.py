@@ -17,7 +17,7 @@ from etude.worlds.minilm import PACKAGE
 
 LONGEST = 256
 """Tokens of a text that are read; the encoder was trained on no more."""
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 512
 
 
 def installed() -> bool:

@@ -1,7 +1,8 @@
-"""Vectors of papers, computed once a text and kept among the user's caches."""
+"""Vectors of papers: those of the catalogue come with it, others are computed once and kept among the user's caches."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from etude.papers import encoder
-from etude.papers.catalogue import Paper
+from etude.papers.catalogue import Paper, catalogue
 from etude.papers.search import Index, text_of
 from etude.values.digest import digest
 
+SHIPPED = Path(__file__).with_name("vectors.safetensors")
+"""The catalogue's; `make vectors` writes it anew."""
 FILE = "vectors-minilm-1.safetensors"
 
 
@@ -28,15 +31,35 @@ def of(papers: Sequence[Paper], report: Callable[[int, int], None] = lambda done
     """
     if not encoder.installed():
         return None
-    names = [digest((paper.title, text_of(paper)))[:32] for paper in papers]
-    known = _read(folder() / FILE)
-    missing = [place for place, name in enumerate(names) if name not in known]
-    if missing:
-        made = encoder.encoder().vectors([f"{papers[place].title}. {text_of(papers[place])}" for place in missing], report)
-        known |= {names[place]: row for place, row in zip(missing, made.astype(np.float16), strict=True)}
-        _write(folder() / FILE, known)
+    names = [name_of(paper) for paper in papers]
+    known = _read(SHIPPED)
+    if any(name not in known for name in names):
+        kept = _read(folder() / FILE)
+        missing = [place for place, name in enumerate(names) if name not in known and name not in kept]
+        if missing:
+            made = encoder.encoder().vectors([_whole(papers[place]) for place in missing], report)
+            kept |= {names[place]: row for place, row in zip(missing, made.astype(np.float16), strict=True)}
+            with contextlib.suppress(OSError):  # a cache that cannot be kept is computed again
+                _write(folder() / FILE, kept)
+        known |= kept
     found = np.stack([known[name] for name in names]).astype(np.float32)
     return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def ship() -> None:
+    """Write the vectors of the catalogue beside it."""
+    papers = list(catalogue().values())
+    made = encoder.encoder().vectors([_whole(paper) for paper in papers], lambda done, total: print(f"\r{done} of {total}", end="", flush=True))
+    _write(SHIPPED, {name_of(paper): row for paper, row in zip(papers, made.astype(np.float16), strict=True)})
+
+
+def name_of(paper: Paper) -> str:
+    """What a paper's vector is kept under: it is that of its text alone."""
+    return digest((paper.title, text_of(paper)))[:32]
+
+
+def _whole(paper: Paper) -> str:
+    return f"{paper.title}. {text_of(paper)}"
 
 
 def index(papers: Sequence[Paper], report: Callable[[int, int], None] = lambda done, total: None) -> Index:
@@ -59,10 +82,7 @@ def _write(path: Path, known: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save
 
     tensors = {"names": np.array([list(bytes.fromhex(name)) for name in known], np.uint8), "vectors": np.stack(list(known.values()))}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_bytes(save(tensors))
-        aside.replace(path)
-    except OSError:  # a cache that cannot be kept is computed again
-        pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(save(tensors))
+    aside.replace(path)

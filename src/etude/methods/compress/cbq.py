@@ -202,7 +202,7 @@ def apart(found: Tensor, wanted: Tensor) -> Tensor:
 def _run(batch: _Batch, blocks: Sequence[Block]) -> Tensor:
     """What the blocks, one after another, make of a batch's hidden states."""
     for block in blocks:
-        batch = dataclasses.replace(batch, hidden=batch.after(block))
+        batch = dataclasses.replace(batch, hidden=dataclasses.replace(batch, hidden=batch.hidden.clone()).after(block))  # a block may write into what it reads
     return batch.hidden
 
 
