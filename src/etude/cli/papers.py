@@ -140,7 +140,9 @@ def trending(
         ["heat", "days", "votes", "comments", "paper", "title"],
         [[f"{one.heat:.3g}", str(one.days), console.dash(one.paper.upvotes), console.dash(one.paper.comments), one.paper.slug, one.paper.title] for one in ranked],
     )
-    typer.echo(f"\n{len(ranked)} papers; heat is (1 + votes + 2 · comments) / (days + 2)^{ranking.GRAVITY}" if ranked else "\nno paper of that time is known; `etude papers sync --daily` fetches new ones")
+    typer.echo(
+        f"\n{len(ranked)} papers; heat is (1 + votes + 2 · comments) / (days + 2)^{ranking.GRAVITY}" if ranked else "\nno paper of that time is known; `etude papers sync --daily` fetches new ones"
+    )
 
 
 @app.command()

@@ -38,6 +38,7 @@ def serve(
         listening.bind(("127.0.0.1", port))
     except OSError as error:
         raise InputError(f"port {port} cannot be had: {error.strerror}", remedy="Choose another with --port; 0 takes any free one.") from error
+    listening.listen(128)  # who reads the address below may come at once
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     logging.basicConfig(level=logging.WARNING)
     app = create_app(place)

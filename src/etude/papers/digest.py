@@ -73,7 +73,17 @@ def build(papers: Mapping[str, Paper], since: datetime.date, until: datetime.dat
         known = claim.evidence
         assert known is not None
         hold = sum(row["verdict"] == "holds" for row in known.expectations)
-        rows.append({"name": claim.paper.name, "title": claim.paper.title, "slug": claim.paper.slug, "verdict": known.verdict, "hold": hold, "of": len(known.expectations), "when": str(known.data["finished"])[:10]})
+        rows.append(
+            {
+                "name": claim.paper.name,
+                "title": claim.paper.title,
+                "slug": claim.paper.slug,
+                "verdict": known.verdict,
+                "hold": hold,
+                "of": len(known.expectations),
+                "when": str(known.data["finished"])[:10],
+            }
+        )
     rows.sort(key=lambda row: (row["when"], row["slug"]), reverse=True)
     return Digest(since, until, words, tuple(ranked[:MOST]), max(0, len(ranked) - MOST), tuple(rows))
 
@@ -95,6 +105,5 @@ def _short(text: str) -> str:
 
 @functools.cache
 def _templates() -> Environment:
-    return Environment(
-        loader=PackageLoader("etude.papers", "templates"), autoescape=lambda name: bool(name and ".html" in name), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+    how: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    return Environment(loader=PackageLoader("etude.papers", "templates"), autoescape=lambda name: bool(name and ".html" in name), **how)

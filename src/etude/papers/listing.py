@@ -20,7 +20,9 @@ BLOCKS = ("h1", "h2", "h3", "h4", "h5", "h6", "p", "li", "td", "dt", "dd", "div"
 AUTHORS = re.compile(r"(?<!\d)(\d{1,4}) authors?\b", re.I)
 COMMENTS = re.compile(r"(?<!\d)(\d{1,5}) comments?\b", re.I)
 UPVOTES = re.compile(r"(?<!\d)(\d{1,6}) (?:up)?votes?\b|\bupvotes? (\d{1,6})(?!\d)", re.I)
-WORDS_DATE = re.compile(r"\b(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.? (\d{1,2}),? ((?:19|20)\d\d)\b|\b(\d{1,2}) (jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?,? ((?:19|20)\d\d)\b", re.I)
+WORDS_DATE = re.compile(
+    r"\b(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.? (\d{1,2}),? ((?:19|20)\d\d)\b|\b(\d{1,2}) (jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?,? ((?:19|20)\d\d)\b", re.I
+)
 PLAIN_DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])(?!\d)")
 LABEL = re.compile(r"(abstract|summary|title)[:.]?\s*", re.I)
 
@@ -38,6 +40,12 @@ class _Paper:
     upvotes: int | None = None
     closed: bool = field(default=False)
     """Whether something else came after the abstract, so that the next long line is another paper's."""
+
+    def know(self, said: dict[str, str | int]) -> None:
+        """Take what was not known before."""
+        for name, value in said.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def listing(self) -> Listing:
         return Listing(self.title, " ".join(self.abstract), self.arxiv, self.date, self.authors, self.comments, self.upvotes)
@@ -60,7 +68,7 @@ def from_html(text: str) -> Iterator[Listing | str]:
             link.append(f"\x1f{number}\x1f")  # travels with the line that the link stands in
     for stamp in page("time"):
         if stamp.get("datetime"):
-            stamp.append(f"\n{stamp['datetime']}\n")
+            stamp.string = str(stamp["datetime"])
     for block in page([*BLOCKS, "br"]):
         block.insert_before("\n")
         block.insert_after("\n")
@@ -74,40 +82,63 @@ def from_lines(text: str) -> Iterator[Listing | str]:
 
 def _papers(lines: Iterable[str]) -> Iterator[Listing | str]:
     """The papers of a page's paragraphs; numbers of links stand in them between two separators."""
-    found: list[_Paper] = []
-    pending, number = "", None
+    page = _Page()
     for line in lines:
         linked = re.findall(r"\x1f(.+?)\x1f", line)
         plain = " ".join(re.sub(r"\x1f.*?\x1f", " ", line).split()).strip("#*•·|-– \t")
-        numbers = linked or ([arxiv_number(plain)] if arxiv_number(plain) else [])
+        number = linked[0] if linked else arxiv_number(plain)
         if len(plain.split()) >= LONG:
-            body = LABEL.sub("", plain, count=1) if LABEL.match(plain) else plain
-            if pending:
-                found.append(_Paper(pending, [body], number))
-                pending, number = "", None
-            elif found and not found[-1].closed:
-                found[-1].abstract.append(body)
-            else:
-                yield f"an abstract without a title: {body[:60]}…"
+            if not page.abstract(LABEL.sub("", plain, count=1) if LABEL.match(plain) else plain):
+                yield f"an abstract without a title: {plain[:60]}…"
             continue
         facts = _facts(plain)
-        if facts or (numbers and not re.search(r"[A-Za-z]{3}.*\s.*[A-Za-z]{3}", re.sub(r"arxiv:?", "", plain, flags=re.I))):
-            if found and not pending:
-                found[-1].closed = True
-                for name, value in {**facts, **({"arxiv": numbers[0]} if numbers and not found[-1].arxiv else {})}.items():
-                    setattr(found[-1], name, value)
-            elif pending and numbers:
-                number = numbers[0]
-            continue
-        if len(plain.split()) >= 2 or (linked and plain):
-            pending, number = LABEL.sub("", plain, count=1) if re.match(r"title[:.]", plain, re.I) else plain, numbers[0] if numbers else None
-            if found:
-                found[-1].closed = True
-    for paper in found:
+        if facts or (number and not linked and len(plain.split()) < 4):
+            page.facts({**facts, **({"arxiv": number} if number else {})})
+        elif len(plain.split()) >= 2 or (linked and plain):
+            page.title(LABEL.sub("", plain, count=1) if re.match(r"title[:.]", plain, re.I) else plain, number)
+    page.title("", None)
+    for paper in page.found:
         try:
             yield paper.listing()
         except ValueError as error:
             yield f"{paper.title!r}: {error}"
+
+
+class _Page:
+    """A page as far as it was read."""
+
+    def __init__(self) -> None:
+        self.found: list[_Paper] = []
+        self.pending = ""
+        self.number: str | None = None
+        self.held: dict[str, str | int] = {}
+        """What was said since the pending line: of the paper that it is the title of if an abstract comes, else of the one before."""
+
+    def title(self, line: str, number: str | None) -> None:
+        """A short line, which may be a title."""
+        if self.found:
+            self.found[-1].closed = True
+            self.found[-1].know(self.held)
+        self.pending, self.number, self.held = line, number, {}
+
+    def facts(self, said: dict[str, str | int]) -> None:
+        if self.pending:
+            self.held |= said
+        elif self.found:
+            self.found[-1].closed = True
+            self.found[-1].know(said)
+
+    def abstract(self, text: str) -> bool:
+        """A long line; returns whether there was a paper that it can be of."""
+        if self.pending:
+            self.found.append(_Paper(self.pending, [text], self.number))
+            self.found[-1].know(self.held)
+            self.pending, self.number, self.held = "", None, {}
+        elif self.found and not self.found[-1].closed:
+            self.found[-1].abstract.append(text)
+        else:
+            return False
+        return True
 
 
 def _paragraphs(text: str) -> Iterable[str]:

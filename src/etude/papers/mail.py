@@ -9,6 +9,7 @@ import smtplib
 import ssl
 import urllib.parse
 from dataclasses import asdict, dataclass, replace
+from email.errors import MessageError
 from email.headerregistry import Address
 from email.message import EmailMessage
 from email.utils import formatdate, make_msgid
@@ -123,9 +124,9 @@ def checked(address: str) -> str:
         if not address.isprintable() or "," in address:
             raise ValueError("it holds characters that no address has")
         known = Address(addr_spec=address)
-        if not known.username or "." not in known.domain and known.domain != "localhost":
+        if not known.username or ("." not in known.domain and known.domain != "localhost"):
             raise ValueError("it has no name or no domain")
-    except (ValueError, IndexError, LookupError) as error:
+    except (ValueError, LookupError, MessageError) as error:
         raise InputError(f"{address!r} is no mail address: {error}", remedy="Write it as in me@example.org.") from error
     return address
 

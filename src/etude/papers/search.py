@@ -130,11 +130,7 @@ class Index:
             guesses = begun or list(corrected(word, self.vocabulary))
         schema = self.index.schema
         stems = dict.fromkeys(stem for guess in guesses for stem in self.stem(guess))
-        terms = [
-            tantivy.Query.boost_query(tantivy.Query.term_query(schema, field, stem), boost / (1 + (guesses[0] != word)))
-            for stem in stems
-            for field, boost in (("title", TITLE), ("body", BODY))
-        ]
+        terms = [tantivy.Query.boost_query(tantivy.Query.term_query(schema, field, stem), boost / (1 + (guesses[0] != word))) for stem in stems for field, boost in (("title", TITLE), ("body", BODY))]
         return tantivy.Query.boolean_query([(tantivy.Occur.Should, term) for term in terms]) if terms else tantivy.Query.empty_query()
 
     def _by_meaning(self, query: str, vector: np.ndarray | None) -> np.ndarray:

@@ -95,7 +95,9 @@ class Shelf:
             with filelock.FileLock(self.store.locks / "papers.lock"):
                 rows = self.rows()
                 known = _Known(rows)
-                added, updated, same = [], [], 0
+                added: list[str] = []
+                updated: list[str] = []
+                same = 0
                 for listing in listings:
                     slug = known.find(listing)
                     new = slug is None
@@ -157,10 +159,10 @@ def _papers(shelf: Shelf, stamp: tuple[int, int] | None) -> Mapping[str, Paper]:
     rows = shelf.rows() if stamp else {}
     for slug, row in sorted(rows.items(), key=lambda item: item[1]["added"], reverse=True):
         listing = _listing(row)
-        more = {"abstract": listing.abstract, "comments": listing.comments, "upvotes": listing.upvotes}
+        more: dict[str, Any] = {"abstract": listing.abstract, "comments": listing.comments, "upvotes": listing.upvotes}
         if slug in found:
             paper = found[slug]
-            known = {"arxiv": paper.arxiv or listing.arxiv, "date": max(paper.date or "", listing.date or "", key=len) or None, "authors": paper.authors or listing.authors}
+            known: dict[str, Any] = {"arxiv": paper.arxiv or listing.arxiv, "date": max(paper.date or "", listing.date or "", key=len) or None, "authors": paper.authors or listing.authors}
             found[slug] = dataclasses.replace(paper, **more, **known)
         else:
             found[slug] = Paper(

@@ -40,7 +40,7 @@ class Library:
             return self._known[1]
 
     def index(self) -> Index:
-        """An index of the papers.  The first is of words alone; meaning is learnt meanwhile, where the encoder is installed."""
+        """An index of the papers.  One that must first read texts for their meaning is of words alone until it has."""
         papers = self.papers()
         with self._lock:
             if self._index is None or self._index[0] is not papers:

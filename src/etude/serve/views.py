@@ -17,8 +17,8 @@ from etude.method import interface, names
 from etude.papers import rooms
 from etude.papers.catalogue import Paper, find
 from etude.papers.claims import claims
-from etude.papers.evidence import Evidence
-from etude.papers.status import STATUSES, VERDICTS
+from etude.papers.evidence import CURRENT, OLDER_ENGINE, STALE, Evidence
+from etude.papers.status import CHECKED, NEW, RUNS, STATUSES, VERDICTS
 from etude.serve.library import Library
 from etude.study import journal
 from etude.study.report import plots
@@ -31,17 +31,19 @@ A_PAGE = 500
 """Rows of a page; the catalogue fits on one."""
 FOUND = 60
 """Papers that a search shows."""
+STATES = {CURRENT: "it speaks of what is here now", OLDER_ENGINE: "what its methods stand on has changed since", STALE: "its study or a method in it has changed since, and it should run again"}
 
 
 # Papers.
 
 
 def chosen(library: Library, query: str, filters: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Papers that a search finds, best first, or all of them in the catalogue's order; of those that pass the filters."""
+    """Papers that a search finds, best first, or all of them, those first of which most is known here; of those that pass the filters."""
     rows = library.rows()
     kept = {slug: row for slug, row in rows.items() if all(not value or _value(row, name) == value for name, value in filters.items())}
     if not query:
-        return list(kept.values())
+        order = (NEW, CHECKED, RUNS)
+        return sorted(kept.values(), key=lambda row: (order.index(row["status"]) if row["status"] in order else len(order), row["name"].casefold()))
     return [kept[hit.paper.slug] for hit in library.index().search(query, FOUND, lambda paper: paper.slug in kept)]
 
 
@@ -79,7 +81,7 @@ def paper(library: Library, slug: str) -> dict[str, Any]:
         "words": VERDICTS,
         "claim": claim,
         "evidence": known,
-        "state": claim.state if claim and known else None,
+        "state": STATES[claim.state or CURRENT] if claim and known else None,
         "plots": _plots(known, known.path.stat().st_mtime_ns) if known else [],
         "methods": [rooms.method_card(rooms.room_of(name), name) for name in row["methods"]],
         "covers": [library.papers()[other] for other in one.covers or () if other in library.papers()],
@@ -249,22 +251,27 @@ def record(store: Store, key: str) -> dict[str, Any]:
 
 
 def today() -> datetime.date:
+    """The day, in UTC."""
     return datetime.datetime.now(datetime.UTC).date()
 
 
 def number(value: Any) -> str:
+    """A number to four digits, or a dash."""
     return plots.plain(value) if value is not None else "–"
 
 
 def interval(margin: Mapping[str, Any]) -> str:
+    """A value with its interval."""
     return console.interval(margin) if margin["value"] is not None else "–"  # type: ignore[arg-type]
 
 
 def duration(seconds: float) -> str:
+    """Seconds as one would say them."""
     return plots.duration(seconds)
 
 
 def size(count: float) -> str:
+    """Bytes with their prefix."""
     return plots.plain(count, "bytes")
 
 

@@ -34,7 +34,7 @@ class Journal:
     def __init__(self, plan: Plan, store: Store, folder: Path):
         self.path = store.root / "live" / f"{plan.study.name}.json"
         nodes = [node for node in plan.nodes if node.kind != "given"]
-        self.steps = {node.key: {"label": node.label, "kind": node.kind, "state": "waiting", "seconds": None, "error": ""} for node in nodes}
+        self.steps: dict[str, dict[str, Any]] = {node.key: {"label": node.label, "kind": node.kind, "state": "waiting", "seconds": None, "error": ""} for node in nodes}
         self.notes: dict[str, Any] = {
             "study": plan.study.name, "question": plan.study.question, "recipe": plan.study.text, "folder": str(folder.absolute()), "host": platform.node(), "pid": os.getpid(),
             "started": time.time(), "ended": None, "state": RUNNING, "doing": None, "verdict": "",
