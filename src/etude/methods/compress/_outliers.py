@@ -93,23 +93,23 @@ def scale_activations(draft: Model, rows: Sequence[np.ndarray], groups: Sequence
     """
     ids = torch.from_numpy(max(rows, key=len)[:PROBE])[None].to(draft.network.device)
     most = tops(draft, rows, [group[0] for several in groups for group in several])
-    norms = _norms(draft, ids)
-    expected = _states(draft, ids)
     scaled = []
-    for block, several in zip(draft.anatomy.blocks, groups, strict=True):
-        for group in several:
-            by = factors(most[group[0]], coarse, fine)
-            readers = [weight_of(draft.network.get_submodule(path)).T for path in group]
-            for writers in _writers(draft, block, group, norms) if by is not None else ():
-                assert by is not None
-                twice = torch.full_like(by, 2.0)
-                _move(writers, readers, twice)
-                same = torch.allclose(_states(draft, ids), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
-                _move(writers, readers, 1 / twice)
-                if same:
-                    _move(writers, readers, by)
-                    scaled.append(group[0])
-                    break
+    with losses.headless(draft.network):
+        norms, expected = _norms(draft, ids), _states(draft, ids)
+        for block, several in zip(draft.anatomy.blocks, groups, strict=True):
+            for group in several:
+                by = factors(most[group[0]], coarse, fine)
+                readers = [weight_of(draft.network.get_submodule(path)).T for path in group]
+                for writers in _writers(draft, block, group, norms) if by is not None else ():
+                    assert by is not None
+                    twice = torch.full_like(by, 2.0)
+                    _move(writers, readers, twice)
+                    same = torch.allclose(_states(draft, ids), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+                    _move(writers, readers, 1 / twice)
+                    if same:
+                        _move(writers, readers, by)
+                        scaled.append(group[0])
+                        break
     return scaled
 
 
@@ -150,7 +150,7 @@ def _norms(draft: Model, ids: Tensor) -> dict[str, nn.Module]:
                 found[path] = module
 
     anatomy = draft.anatomy
-    with losses.headless(draft.network), ExitStack() as stack:
+    with ExitStack() as stack:
         for block in anatomy.blocks:
             for module in block.module.modules():
                 if not is_linear(module) and getattr(getattr(module, "weight", None), "ndim", None) == 1:
@@ -161,6 +161,5 @@ def _norms(draft: Model, ids: Tensor) -> dict[str, nn.Module]:
 
 
 def _states(draft: Model, ids: Tensor) -> Tensor:
-    """What the head would read."""
-    with losses.headless(draft.network):
-        return draft.network(input_ids=ids, use_cache=False).logits.clone()  # type: ignore[no-any-return]
+    """What the head would read, inside `losses.headless`."""
+    return draft.network(input_ids=ids, use_cache=False).logits.clone()  # type: ignore[no-any-return]
