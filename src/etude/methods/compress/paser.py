@@ -25,8 +25,7 @@ MOST = 20_000
 
 @dataclass(frozen=True)
 class PASER(Method):
-    """Select recovery data for a pruned model: cluster instructions by capability, give each cluster a share of the budget by how much the pruned model lost there, and take the records that lost
-    most for their length.
+    """Select recovery data for a pruned model: cluster by capability, share the budget by what was lost there, and take what lost most for its length.
 
     Vectors of the instructions go through a diffusion map (heat kernel with the median distance as its width, the K eigenvectors of the normalised Laplacian with the smallest eigenvalues), whose
     similarities are factored by non-negative matrices: a record's capability is its largest factor.  A record's loss is the mean Jensen–Shannon divergence, in nats a token of its completion, between
