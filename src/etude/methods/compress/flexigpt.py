@@ -28,19 +28,17 @@ STARTS, TRAINED = ("svd", "zero"), ("corrections", "all")
 class FlexiGPT(Training):
     """Replace the blocks that change the hidden states least by others' weights with low-rank corrections, and train the corrections.
 
-    Blocks are ranked by block influence (one minus the cosine of what enters and what leaves them).  For each that goes, the block that stays whose weights, corrected by their best update of rank
-    `rank`,
-    come nearest to its own lends them; the corrections begin as that update, and a factor an output channel, from the ratio of the two weights' row norms, keeps the scale of the outputs.  Norms
-    and biases stay the
-    block's own.
-    Source: Smith et al., "FlexiGPT: Pruning and Extending Large Language Models with Low-Rank Weight Sharing", 2025 (arXiv 2501.14713): block influence, the donor by the singular values of the
-    difference, the
-    adapters' start and the normalization of output features; 30 and 40 % of the blocks in its tables.
-    Departures, where only summaries were to be had: distances are relative to each weight's norm and averaged over a block's layers; the normalization of output features is this factor, trained
-    with the corrections, not a
-    norm over features; at most as many corrections as `rank` says in every layer; the learning rate is LoRA's as in `adapt.lora`.
+    Blocks are ranked by block influence (one minus the cosine of what enters and what leaves them).  For each that goes, the block that stays whose weights, corrected by their best update
+    of rank
+    `rank`, come nearest to its own lends them; the corrections begin as that update, and a factor an output channel, from the ratio of the two weights' row norms, keeps the scale of the
+    outputs.  Norms and biases stay the block's own.
+    Source: Smith et al., "FlexiGPT: Pruning and Extending Large Language Models with Low-Rank Weight Sharing", 2025 (arXiv 2501.14713): block influence, the donor by the singular values of
+    the difference, the adapters' start and the normalization of output features; 30 and 40 % of the blocks in its tables.
+    Departures, where only summaries were to be had: distances are relative to each weight's norm and averaged over a block's layers; the normalization of output features is this factor,
+    trained with the corrections, not a norm over features; at most as many corrections as `rank` says in every layer; the learning rate is LoRA's as in `adapt.lora`.
     `start: zero` begins with no correction, the paper's ablation.  With `budget` of one step next to nothing is trained.
-    The result computes as much as before: it is smaller, not faster.  A weight that two blocks share is one parameter; only Étude loads the folder, and `export` has no plain checkpoint for it.
+    The result computes as much as before: it is smaller, not faster.  A weight that two blocks share is one parameter; only Étude loads the folder, and `export` has no plain checkpoint for
+    it.
     Causal models without experts whose blocks are alike; raises InputError for others.
     Removes: the weights of whole blocks; it keeps their depth.
     Cost: the budget; a forward pass over the calibration text, and the singular values of every layer's difference from every donor's.

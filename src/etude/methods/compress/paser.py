@@ -27,14 +27,13 @@ MOST = 20_000
 class PASER(Method):
     """Select recovery data for a pruned model: cluster by capability, share the budget by what was lost there, and take what lost most for its length.
 
-    Vectors of the instructions go through a diffusion map (heat kernel with the median distance as its width, the K eigenvectors of the normalised Laplacian with the smallest eigenvalues), whose
-    similarities are factored by non-negative matrices: a record's capability is its largest factor.  A record's loss is the mean Jensen–Shannon divergence, in nats a token of its completion, between
-    the original and the pruned model; its worth is that over log(tokens²).  Within a cluster records come by their worth, and one is passed over if two of its concepts (key phrases, by RAKE) are both
-    known from records chosen before and never stood together in one.
+    Vectors of the instructions go through a diffusion map (heat kernel with the median distance as its width, the K eigenvectors of the normalised Laplacian with the smallest eigenvalues),
+    whose similarities are factored by non-negative matrices: a record's capability is its largest factor.  A record's loss is the mean Jensen–Shannon divergence, in nats a token of its
+    completion, between the original and the pruned model; its worth is that over log(tokens²).  Within a cluster records come by their worth, and one is passed over if two of its concepts
+    (key phrases, by RAKE) are both known from records chosen before and never stood together in one.
     Source: He et al., "PASER: Post-Training Data Selection for Efficient Pruned Large Language Model Recovery", 2025 (arXiv 2502.12594), sections 3.2 to 3.4, and its authors' code.
     Departures: the divergence is taken over the tokens of the completion given the prompt (the authors' code reads the prompt alone); a budget that a cluster cannot fill, all its consistent
-    records being
-    chosen, goes to the best records that are left anywhere; the factorization is the symmetric one (Kuang et al., 2012), begun from the seed, best of three.
+    records being chosen, goes to the best records that are left anywhere; the factorization is the symmetric one (Kuang et al., 2012), begun from the seed, best of three.
     `choose` has the baselines: ``perplexity`` takes what the pruned model predicts worst, ``kmeans`` as much of every k-means cluster of the vectors, drawn at random.
     Gives a corpus: train on it with any method.  Raises InputError if the models do not read the same tokens, for an empty pool, and for one of more than 20,000 records.
     Removes: nothing; it selects data for recovery.
