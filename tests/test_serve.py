@@ -29,6 +29,7 @@ from etude.study import journal
 from etude.study.store import Store
 
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>{{ 7 * 7 }}'
+expect.set_options(timeout=30_000)
 NAME = '<img src=x onerror="window.hacked=1">{{ 7 * 7 }}'
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

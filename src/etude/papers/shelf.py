@@ -22,6 +22,7 @@ from etude.values.errors import InputError
 
 NAME_WORDS = 3
 """Up to so many words before a title's colon are the paper's name."""
+SLUG_WORDS = 6
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,8 @@ def _name(title: str) -> str | None:
 
 def _slug(listing: Listing, taken: set[str]) -> str:
     """A short name in small letters, digits and hyphens that nothing has yet."""
-    plain = unicodedata.normalize("NFKD", _name(listing.title) or " ".join(listing.title.split()[:6])).encode("ascii", "ignore").decode().lower()
+    begin = listing.title.partition(":")[0].split()
+    words = begin if len(begin) <= SLUG_WORDS else listing.title.split()[:SLUG_WORDS]
+    plain = unicodedata.normalize("NFKD", " ".join(words)).encode("ascii", "ignore").decode().lower()
     base = re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or (f"arxiv-{listing.arxiv}".replace(".", "-").replace("/", "-") if listing.arxiv else "paper")
     return next(slug for count in range(1, len(taken) + 2) if (slug := base if count == 1 else f"{base}-{count}") not in taken)
