@@ -1,11 +1,12 @@
-"""Layerwise compression: Wanda, SparseGPT and GPTQ against llm-compressor, on the same trained checkpoint, calibration tokens and precision.
+"""Compression against peers, on the same trained checkpoint, calibration tokens and precision: Wanda, SparseGPT and GPTQ against llm-compressor, and structured pruning against torch-pruning.
 
     python benchmarks/compression.py --peer ~/llmcompressor/bin/python [--rounds 3]
 
-`--peer` is the interpreter of an environment with llm-compressor (``pip install llmcompressor``), which demands another transformers than Étude's.
+`--peer` is the interpreter of an environment with both (``pip install llmcompressor torch-pruning``); the first demands another transformers than Étude's.
 Prints and writes benchmarks/results/compression.json.  A Llama of 25 million parameters is trained once on the standard library (kept in `--folder`).  Each contestant runs in a process of
 its own, in turn, round by round; ratios are paired within a round.  64 rows of 512 calibration tokens, float32.  Seconds are those of the method alone, without imports and loading; the limit
-is a forward pass of plain transformers over the same rows.  Peak memory is the process's, imports included; `more_bytes` is what the call added to the resident memory before it.
+is a forward pass of plain transformers over the same rows.  Structured: two heads of seven and as large a share of the channels go from every block, by first-order Taylor importance, whose gradient
+takes most of the time in either.  Peak memory is the process's, imports included; `more_bytes` is what the call added to the resident memory before it.
 Perplexity is that of plain transformers over 48 other rows, computed by the same function in either environment.
 """
 
@@ -26,8 +27,12 @@ import numpy as np
 
 SHAPE = {"vocab_size": 8192, "hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 9, "num_attention_heads": 7, "num_key_value_heads": 7, "tie_word_embeddings": True}
 ROWS, HELD_OUT, LENGTH = 64, 48, 512
-METHODS = ("wanda", "sparsegpt", "gptq")
-CONTESTANTS = ("etude", "llm-compressor")
+METHODS = ("wanda", "sparsegpt", "gptq", "structured")
+SHARE = 2 / 7
+
+
+def contestants(method: str) -> tuple[str, str]:
+    return "etude", "torch-pruning" if method == "structured" else "llm-compressor"
 
 
 def prepare(folder: Path, tokens: int) -> None:
@@ -77,7 +82,7 @@ def perplexity(network: Any, rows: np.ndarray) -> float:
 
 
 def etude(method: str, folder: Path, rows: np.ndarray) -> tuple[Callable[[], Any], Any]:
-    from etude.methods.compress import gptq, sparsegpt, wanda
+    from etude.methods.compress import gptq, llm_pruner, sparsegpt, wanda
     from etude.values.corpus import Corpus
     from etude.values.model import Model
 
@@ -85,6 +90,7 @@ def etude(method: str, folder: Path, rows: np.ndarray) -> tuple[Callable[[], Any
         "wanda": (wanda, wanda.Wanda()),
         "sparsegpt": (sparsegpt, sparsegpt.SparseGPT()),
         "gptq": (gptq, gptq.GPTQ(symmetric=True, order="activation", group=64)),
+        "structured": (llm_pruner, llm_pruner.LLMPruner(ratio=SHARE, spared_first=0.0, spared_last=0.0)),
     }[method]
     module.sample_rows = lambda *given: list(rows)  # type: ignore[attr-defined]  # the same tokens as the peer's
     model = Model.load(folder / "model")
@@ -92,7 +98,33 @@ def etude(method: str, folder: Path, rows: np.ndarray) -> tuple[Callable[[], Any
     return lambda: made(model, Corpus(["unread"])).network, model
 
 
+def torch_pruning(folder: Path, rows: np.ndarray) -> tuple[Callable[[], Any], Any]:
+    import torch
+    import torch_pruning as tp
+
+    network = load(folder)
+    network.config.use_cache = False
+
+    def run() -> Any:
+        for row in torch.from_numpy(rows).split(2):
+            (network(input_ids=row, labels=row, use_cache=False).loss * (len(row) / len(rows))).backward()
+        layers = network.model.layers
+        heads = {getattr(layer.self_attn, name): SHAPE["num_attention_heads"] for layer in layers for name in ("q_proj", "k_proj", "v_proj")}
+        kept = [network.lm_head, *(one for layer in layers for one in (layer.self_attn.o_proj, layer.mlp.down_proj))]  # what writes to the residual stream
+        importance = tp.importance.GroupTaylorImportance(group_reduction="sum", normalizer=None)
+        pruner = tp.pruner.BasePruner(
+            network, example_inputs={"input_ids": torch.from_numpy(rows[:1, :16])}, importance=importance, pruning_ratio=SHARE, ignored_layers=kept,
+            num_heads=heads, prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=SHARE, output_transform=lambda out: out.logits.sum(),
+        )  # fmt: skip
+        pruner.step()
+        return network
+
+    return run, network
+
+
 def peer(method: str, folder: Path, rows: np.ndarray) -> tuple[Callable[[], Any], Any]:
+    if method == "structured":
+        return torch_pruning(folder, rows)
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -140,7 +172,8 @@ def child(who: str, method: str, folder: Path) -> None:
     network = run()
     seconds = time.perf_counter() - start
     peak = memory("VmHWM")
-    print("\n" + json.dumps({"seconds": seconds, "peak_bytes": peak, "more_bytes": peak - before, "perplexity": perplexity(network, heldout)}))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    print("\n" + json.dumps({"seconds": seconds, "peak_bytes": peak, "more_bytes": peak - before, "perplexity": perplexity(network, heldout), "parameters": parameters}))
     del kept
 
 
@@ -158,7 +191,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", help="interpreter of an environment with llm-compressor")
+    parser.add_argument("--peer", help="interpreter of an environment with llm-compressor and torch-pruning")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=250_000, help="on which the checkpoint is trained")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=(*METHODS, "limit"))
@@ -168,7 +201,7 @@ def main() -> None:
     if arguments.child:
         return child(arguments.child, arguments.methods[0], arguments.folder)
     if not arguments.peer:
-        parser.error("--peer is missing: the interpreter of an environment with llm-compressor")
+        parser.error("--peer is missing: the interpreter of an environment with llm-compressor and torch-pruning")
     from etude.study.environment import environment
 
     prepare(arguments.folder, arguments.tokens)
@@ -176,14 +209,15 @@ def main() -> None:
     for turn in range(arguments.rounds):
         kept.setdefault("forward pass", []).append(started(sys.executable, "etude", "limit", arguments.folder))
         for method in arguments.methods:
-            for who, python in zip(CONTESTANTS, (sys.executable, arguments.peer), strict=True):
+            for who, python in zip(contestants(method), (sys.executable, arguments.peer), strict=True):
                 kept.setdefault(f"{method}, {who}", []).append(started(python, who, method, arguments.folder))
                 print(turn, method, who, kept[f"{method}, {who}"][-1], flush=True)
     found: dict[str, Any] = {what: {name: spread([one[name] for one in several]) for name in several[0]} for what, several in kept.items()}
     for method in arguments.methods:
-        ours, theirs = (kept[f"{method}, {who}"] for who in CONTESTANTS)
-        for name in ("seconds", "peak_bytes", "more_bytes", "perplexity"):
-            found[f"{method}, etude / llm-compressor, {name}"] = spread([one[name] / other[name] for one, other in zip(ours, theirs, strict=True)])
+        who = contestants(method)[1]
+        ours, theirs = (kept[f"{method}, {one}"] for one in contestants(method))
+        for name in ("seconds", "peak_bytes", "more_bytes", "perplexity", "parameters"):
+            found[f"{method}, etude / {who}, {name}"] = spread([one[name] / other[name] for one, other in zip(ours, theirs, strict=True)])
         found[f"{method}, etude / forward pass, seconds"] = spread([one["seconds"] / other["seconds"] for one, other in zip(ours, kept["forward pass"], strict=True)])
     print(json.dumps(found, indent=1))
     path = Path(__file__).parent / "results" / "compression.json"
