@@ -14,7 +14,7 @@ from architectures import small
 from texts import LENGTH, ROWS, TOKENS, inputs_of, linear_layers, matrix
 
 from etude.engine.score import sample_rows
-from etude.engine.stream import _groups
+from etude.engine.stream import groups_of
 from etude.methods.compress import cbq
 from etude.methods.compress._outliers import bound, factors, scale_activations, truncate
 from etude.methods.compress._rounding import ROUNDINGS, Rounded, rectified, unrectified
@@ -81,7 +81,7 @@ def test_activations_are_scaled_where_the_network_computes_the_same_afterwards(n
             if bias is not None:
                 bias[channel] = 200.0  # past any activation function
     rows = sample_rows(model, texts.corpus(), TOKENS, LENGTH)
-    groups, _ = _groups(model, model.anatomy.blocks, rows)
+    groups, _ = groups_of(model, model.anatomy.blocks, rows)
     paths = [group[0] for group in groups[0]]
     draft = model.copy()
     before, probe = inputs_of(model.network, paths), checkpoint.probe(model.network)

@@ -53,9 +53,9 @@ def through_blocks(model: Model, rows: Sequence[np.ndarray], measure: Callable[[
 @torch.no_grad()
 def _through(model: Model, blocks: Sequence[Block], rows: Sequence[np.ndarray], measure: Callable[[Tensor], Tensor]) -> Iterator[tuple[Block, dict[str, Tensor]]]:
     network = model.network
-    groups, whole = _groups(model, blocks, rows)
+    groups, whole = groups_of(model, blocks, rows)
     with fused.fused(network):
-        batches = [_capture(model, blocks, whole, ids, real) for ids, real in padded_batches(model, rows, row_tokens(network.device.type, network.num_parameters()))]
+        batches = [capture(model, blocks, whole, ids, real) for ids, real in padded_batches(model, rows, row_tokens(network.device.type, network.num_parameters()))]
         total = sum(map(len, groups))
         done = 0
         for block, several in zip(blocks, groups, strict=True):
@@ -73,10 +73,10 @@ def _through(model: Model, blocks: Sequence[Block], rows: Sequence[np.ndarray], 
 class _Passes:
     """One block computed for every batch at once: each batch's pass is a greenlet, which waits before every group of layers for the others."""
 
-    def __init__(self, model: Model, block: Block, batches: Sequence[_Batch], groups: Sequence[tuple[str, ...]], measure: Callable[[Tensor], Tensor]):
+    def __init__(self, model: Model, block: Block, batches: Sequence[Between], groups: Sequence[tuple[str, ...]], measure: Callable[[Tensor], Tensor]):
         self.block, self.batches, self.measure = block, batches, measure
         firsts = {group[0]: model.network.get_submodule(group[0]) for group in groups}
-        self.watching = _watching(firsts, self._came)
+        self.watching = watching(firsts, self._came)
         self.passes = [greenlet(self._pass) for _ in batches]
         self.sums: Tensor | None = None
 
@@ -90,13 +90,13 @@ class _Passes:
             if one:  # whoever iterated went away
                 one.throw()
 
-    def _pass(self, batch: _Batch) -> None:
+    def _pass(self, batch: Between) -> None:
         batch.hidden = batch.after(self.block)
 
     def _came(self, path: str, read: Tensor) -> None:
         if greenlet.getcurrent() is not self.running:
             return  # somebody else computes with the network
-        value = self.measure(_tokens(path, read, self.at.real).float())
+        value = self.measure(real_tokens(path, read, self.at.real).float())
         self.sums = value if self.sums is None else self.sums.add_(value)
         self.came = path
         greenlet.getcurrent().parent.switch()
@@ -117,7 +117,7 @@ class _Passes:
         for batch, one in zip(self.batches, self.passes, strict=True):
             self._go_on(batch, one)
 
-    def _go_on(self, batch: _Batch, one: greenlet) -> None:
+    def _go_on(self, batch: Between, one: greenlet) -> None:
         self.at, self.running = batch, one
         one.switch(*(() if one else (batch,)))
 
@@ -136,7 +136,7 @@ def _give_back() -> None:
 
 
 @torch.no_grad()
-def _groups(model: Model, blocks: Sequence[Block], rows: Sequence[np.ndarray]) -> tuple[list[list[tuple[str, ...]]], list[int]]:
+def groups_of(model: Model, blocks: Sequence[Block], rows: Sequence[np.ndarray]) -> tuple[list[list[tuple[str, ...]]], list[int]]:
     """For every block the layers that read the same tensor, in the order in which they are computed; and the length of the tuple that it gives, 0 for a tensor.
 
     Tries on a few tokens whether the blocks, computed by themselves, write what they write in the network.
@@ -147,7 +147,7 @@ def _groups(model: Model, blocks: Sequence[Block], rows: Sequence[np.ndarray]) -
     written: list[tuple[int, Tensor]] = []
 
     def seen(path: str, read: Tensor) -> None:
-        _tokens(path, read, real)
+        real_tokens(path, read, real)
         calls.append((path, read))
 
     def leave(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -156,15 +156,15 @@ def _groups(model: Model, blocks: Sequence[Block], rows: Sequence[np.ndarray]) -
     with losses.headless(model.network), ExitStack() as stack:
         for block in blocks:
             stack.callback(block.module.register_forward_hook(leave).remove)
-        stack.enter_context(_watching({path: module for block in blocks for path, module in model.anatomy.linears(block).items()}, seen))
+        stack.enter_context(watching({path: module for block in blocks for path, module in model.anatomy.linears(block).items()}, seen))
         model.network(input_ids=ids, use_cache=False)
     whole = [length for length, _ in written]
-    if len(written) != len(blocks) or not _follow(_capture(model, blocks, whole, ids, real), blocks, [states for _, states in written]):
+    if len(written) != len(blocks) or not _follow(capture(model, blocks, whole, ids, real), blocks, [states for _, states in written]):
         raise InputError(f"the blocks of this {model.base.model_type} do not simply follow each other, or what they write is not finite")
     return [_alike(block, [(path, read) for path, read in calls if path in block.parts.linears]) for block in blocks], whole
 
 
-def _follow(batch: _Batch, blocks: Sequence[Block], written: Sequence[Tensor]) -> bool:
+def _follow(batch: Between, blocks: Sequence[Block], written: Sequence[Tensor]) -> bool:
     """Whether the blocks, one after another, write this."""
     for block, expected in zip(blocks, written, strict=True):
         batch.hidden = batch.after(block)
@@ -200,12 +200,12 @@ def moments(model: Model, rows: Sequence[np.ndarray], paths: Sequence[str]) -> d
     real: Tensor
 
     def add(path: str, read: Tensor) -> None:
-        tokens = _tokens(path, read, real).double()
+        tokens = real_tokens(path, read, real).double()
         sums[path] = sums.get(path, 0) + tokens.sum(0)
         squares[path] = squares.get(path, 0) + tokens.square().sum(0)
 
     done, count = 0, sum(map(len, rows))
-    with losses.headless(model.network), _watching({path: model.network.get_submodule(path) for path in paths}, add):
+    with losses.headless(model.network), watching({path: model.network.get_submodule(path) for path in paths}, add):
         for ids, real in padded_batches(model, rows):
             model.network(input_ids=ids, use_cache=False)
             done += int(real.sum())
@@ -222,7 +222,7 @@ def reached(sums: Mapping[str, Tensor], path: str) -> Tensor:
     return sums[path]
 
 
-def _tokens(path: str, read: Tensor, real: Tensor) -> Tensor:
+def real_tokens(path: str, read: Tensor, real: Tensor) -> Tensor:
     """The real tokens' part of what a layer read, (tokens, channels)."""
     flat = read.reshape(-1, read.shape[-1])
     if len(flat) != real.numel():
@@ -231,7 +231,7 @@ def _tokens(path: str, read: Tensor, real: Tensor) -> Tensor:
 
 
 @contextmanager
-def _watching(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watching(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Tell `seen` what every one of these layers reads."""
 
     def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -246,7 +246,7 @@ def _watching(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor], No
 
 
 @dataclass
-class _Batch:
+class Between:
     """Rows between two blocks, and what else each block is given: masks and positions, which no weight influences."""
 
     hidden: Tensor
@@ -290,11 +290,11 @@ def _handing_on(model: Model, blocks: Sequence[Block], whole: Sequence[int]) -> 
         yield calls
 
 
-def _capture(model: Model, blocks: Sequence[Block], whole: Sequence[int], ids: Tensor, real: Tensor) -> _Batch:
+def capture(model: Model, blocks: Sequence[Block], whole: Sequence[int], ids: Tensor, real: Tensor) -> Between:
     """What the first block is given, and every block's other arguments; no block is computed."""
     with _handing_on(model, blocks, whole) as calls:
         try:
             model.network(input_ids=ids, use_cache=False)
         except _Stop:
-            return _Batch(calls[0][0].clone(), real, [given for _, given in calls])
+            return Between(calls[0][0].clone(), real, [given for _, given in calls])
     raise InputError(f"only {len(calls)} of the {len(blocks)} blocks of this {model.base.model_type} are ever entered")

@@ -14,7 +14,7 @@ from etude.engine import losses
 from etude.engine.cost import flops_per_token, spend
 from etude.engine.progress import report
 from etude.engine.score import COUNTED_LENGTH, padded_batches
-from etude.engine.stream import PROBE, _tokens, _watching
+from etude.engine.stream import PROBE, real_tokens, watching
 from etude.values.anatomy import Block, weight_of
 from etude.values.model import Model
 from etude.values.trace import is_linear
@@ -70,11 +70,11 @@ def tops(model: Model, rows: Sequence[np.ndarray], paths: Sequence[str]) -> dict
     real: Tensor
 
     def see(path: str, read: Tensor) -> None:
-        most = _tokens(path, read, real).float().abs().amax(0)
+        most = real_tokens(path, read, real).float().abs().amax(0)
         found[path] = torch.maximum(found[path], most) if path in found else most
 
     done, count = 0, sum(map(len, rows))
-    with losses.headless(model.network), _watching({path: model.network.get_submodule(path) for path in paths}, see):
+    with losses.headless(model.network), watching({path: model.network.get_submodule(path) for path in paths}, see):
         for ids, real in padded_batches(model, rows):
             model.network(input_ids=ids, use_cache=False)
             done += int(real.sum())
@@ -155,7 +155,7 @@ def _norms(draft: Model, ids: Tensor) -> dict[str, nn.Module]:
             for module in block.module.modules():
                 if not is_linear(module) and getattr(getattr(module, "weight", None), "ndim", None) == 1:
                     stack.callback(module.register_forward_hook(write).remove)
-        stack.enter_context(_watching({path: module for block in anatomy.blocks for path, module in anatomy.linears(block).items()}, see))
+        stack.enter_context(watching({path: module for block in anatomy.blocks for path, module in anatomy.linears(block).items()}, see))
         draft.network(input_ids=ids, use_cache=False)
     return found
 

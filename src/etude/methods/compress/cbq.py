@@ -16,7 +16,7 @@ from etude.engine import fused
 from etude.engine.cost import spend
 from etude.engine.progress import report
 from etude.engine.score import padded_batches, require_causal, sample_rows
-from etude.engine.stream import _Batch, _capture, _groups, require_dense
+from etude.engine.stream import Between, capture, groups_of, require_dense
 from etude.method import Method
 from etude.methods.compress._grid import check_grid, remember
 from etude.methods.compress._outliers import scale_activations, truncate
@@ -56,8 +56,6 @@ class CBQ(Method):
     Removes: bits of the weights.
     Cost: for every window, epochs · 2 passes forward and backward of the calibration text through its blocks; memory for their gradients, and for three hidden states of all rows.
     """
-
-    paper = "cbq"
 
     paper = "cbq"
 
@@ -125,7 +123,7 @@ class CBQ(Method):
         asked = [(parameter, parameter.requires_grad) for parameter in draft.network.parameters()]
         draft.network.requires_grad_(False)
         with fused.fused(known.network), fused.fused(draft.network):
-            groups, whole = _groups(known, known.anatomy.blocks, rows)
+            groups, whole = groups_of(known, known.anatomy.blocks, rows)
             if self.outliers:
                 for path in (path for block in draft.anatomy.blocks for path in block.parts.linears):
                     truncate(weight_of(draft.network.get_submodule(path)), self.coarse, self.fine)
@@ -134,7 +132,7 @@ class CBQ(Method):
             random = torch.Generator().manual_seed(seed)
             layers = [self._put(draft, block, random) for _, block in pairs]
             with torch.no_grad():
-                batches = [_capture(known, known.anatomy.blocks, whole, *batch) for batch in padded_batches(known, rows, self.batch_tokens)]
+                batches = [capture(known, known.anatomy.blocks, whole, *batch) for batch in padded_batches(known, rows, self.batch_tokens)]
             self._slide(pairs, layers, batches, random)
         for path, one in (item for several in layers for item in several.items()):
             parametrize.remove_parametrizations(draft.network.get_submodule(path), "weight")
@@ -152,7 +150,7 @@ class CBQ(Method):
             parametrize.register_parametrization(module, "weight", found[path])
         return found
 
-    def _slide(self, pairs: Sequence[tuple[Block, Block]], layers: Sequence[dict[str, Rounded]], batches: Sequence[_Batch], random: torch.Generator) -> None:
+    def _slide(self, pairs: Sequence[tuple[Block, Block]], layers: Sequence[dict[str, Rounded]], batches: Sequence[Between], random: torch.Generator) -> None:
         """Learn window after window.  pairs: every block of the full-precision and of the quantized model; batches: the rows before the first."""
         theirs, mine = list(batches), list(batches)
         windows = self.windows(len(pairs))
@@ -165,7 +163,7 @@ class CBQ(Method):
             blocks = [pairs[index][1] for index in window]
             self._learn(blocks, learned, [theirs, mine], wanted, random, (place, len(windows)))
 
-    def _learn(self, blocks: Sequence[Block], learned: Sequence[Rounded], sides: Sequence[Sequence[_Batch]], wanted: Sequence[Tensor], random: torch.Generator, turn: tuple[int, int]) -> None:
+    def _learn(self, blocks: Sequence[Block], learned: Sequence[Rounded], sides: Sequence[Sequence[Between]], wanted: Sequence[Tensor], random: torch.Generator, turn: tuple[int, int]) -> None:
         """Learn one window: blocks that shall make of either side's hidden states what is wanted."""
         scales, corrections = [one.steps for one in learned], [parameter for one in learned for parameter in one.corrections()]
         rates = [(scales, self.scale_rate), (corrections, self.rounding_rate)]
@@ -199,7 +197,7 @@ def apart(found: Tensor, wanted: Tensor) -> Tensor:
     return (found - wanted).square().mean() + divergence
 
 
-def _run(batch: _Batch, blocks: Sequence[Block]) -> Tensor:
+def _run(batch: Between, blocks: Sequence[Block]) -> Tensor:
     """What the blocks, one after another, make of a batch's hidden states."""
     for block in blocks:
         batch = dataclasses.replace(batch, hidden=dataclasses.replace(batch, hidden=batch.hidden.clone()).after(block))  # a block may write into what it reads
@@ -207,7 +205,7 @@ def _run(batch: _Batch, blocks: Sequence[Block]) -> Tensor:
 
 
 @torch.no_grad()
-def _after(batches: Sequence[_Batch], blocks: Sequence[Block]) -> list[_Batch]:
+def _after(batches: Sequence[Between], blocks: Sequence[Block]) -> list[Between]:
     """The batches behind these blocks."""
     with parametrize.cached():
         return [dataclasses.replace(batch, hidden=_run(batch, blocks)) for batch in batches]
