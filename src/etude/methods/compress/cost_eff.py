@@ -39,7 +39,8 @@ class CostEff(Training):
     Departures: that code factorises the embeddings and leaves the stream as wide; here the stream's channels go by the same importance, with the embeddings' columns.  It learns states alone
     for most of a pruning period, here predictions and states together.  Classification is filling in one of some choices at masks behind a prompt (`adapt.cloze_tuning` makes the model): an exit is
     a norm, a matrix and a norm of its own before the model's words, where the authors' is a classifier on the first token.  Each phase has a schedule of its own.
-    Without `exits` it is width pruning alone; with `width` and `stream` 1 early exit alone, and the whole budget is the assistant's.
+    Without `exits` it is width pruning alone, and the model as it comes in is what it learns from; with `width` and `stream` 1 early exit alone, and the whole budget is the assistant's.
+    The fine-tuned model that the assistant learns from is the `teacher`, by default the model itself.
     Reads the columns prompt, choices and answer.  Masked models of one stack without experts; raises InputError for others.  With exits only Étude loads what is saved; `export` refuses it.
     Removes: heads, feed-forward channels, residual channels; blocks that a question does not reach are not computed.
     Cost: the budget, with a forward pass of a teacher over every question; a forward and a backward pass over `records` questions a round.
