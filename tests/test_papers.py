@@ -12,13 +12,12 @@ from test_compare import measurement, simulate
 
 from etude.method import by_paper, discover
 from etude.papers import evidence
-from etude.papers.catalogue import catalogue, find, matching
+from etude.papers.catalogue import catalogue, find
 from etude.papers.claims import Claim, claims
 from etude.papers.page import page
 from etude.papers.status import CHECKED, PLANNED, RUNS, SURVEY, status
 from etude.study import compare
 from etude.study.expect import Expectation
-from etude.values.errors import InputError
 
 CHECKED_CLAIMS = [slug for slug, claim in claims().items() if claim.evidence]
 
@@ -33,13 +32,6 @@ def test_the_catalogue_has_every_paper_once_and_in_full():
         assert all((paper.name, paper.title, paper.does, paper.claim, paper.check, paper.takes))
         assert paper.date is None or re.fullmatch(r"20\d\d-[01]\d(-[0-3]\d)?", paper.date)
         assert all(other in papers and papers[other].covers is None for other in paper.covers or ())
-
-
-def test_search_finds_by_every_word():
-    assert matching(catalogue().values(), "redundancy verification")[0].slug == "sleb"
-    assert not matching(catalogue().values(), "sleb zzz")
-    with pytest.raises(InputError, match="sleb"):
-        find("slebb")
 
 
 def test_status_is_what_the_code_and_the_evidence_say():
