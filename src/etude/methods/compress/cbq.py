@@ -47,8 +47,9 @@ class CBQ(Method):
     Post-Training Quantization", 2020 (arXiv 2004.10568).  Windows of two blocks that share one, three epochs, rank 5, coarse 1.5, fine 1.
     Departures: written from the abstract, reviews and a summary of the paper, whose text and code could not be had: learning rates, the regularizer's weight and which pairs of inputs the loss
     compares are this method's reading.  v0, with which weights are rounded to the nearest level, is kept beside A1 · A2: a product of few ranks cannot say by itself which way every weight
-    is nearer.  The pass forward rounds outright, and the gradient is that of h: a product of few ranks cannot drive every h to 0 or 1 either, and what was
-    learned with h between them is lost when they are rounded.  Scales are learned as the logarithm of their ratio to the first ones.  Weights alone are quantized: activations stay as they are, as
+    is nearer.  The pass forward rounds outright, and the gradient is that of h: a product of few ranks cannot drive every h to 0 or 1 either, and what is
+    learned with h between them would be lost when they are rounded; to the scales, rounding is the identity.  Scales are learned as the logarithm of their ratio to the first
+    ones.  Weights alone are quantized: activations stay as they are, as
     nothing in a saved checkpoint would round them.  Outliers are scaled into what a norm's gain or a feed-forward layer's linear branch writes; not into norms that add
     one to their gain, not past other activation functions, and not into values, which several heads may share.
     Causal models without experts whose blocks follow each other.  Nothing runs faster here; `Model.export` writes the packed bits for transformers.
