@@ -36,6 +36,8 @@ CANDIDATES = 300
 """Papers that either ranking may propose."""
 GUESSES = 8
 """Words that stand for one which no paper has."""
+SAMPLED = 10_000
+"""Papers among which the middle one is looked for."""
 KEPT_FROM = 2000
 """From so many papers on the index is kept on the disk."""
 VERSION = 1
@@ -80,9 +82,16 @@ class Index:
         self.telling = stopped.build().analyze
 
     @functools.cached_property
-    def vocabulary(self) -> dict[str, int]:
-        """Every word that some paper has, with how many have it."""
-        return dict(self.searcher.terms_with_prefix("words", ""))
+    def vocabulary(self) -> dict[int, list[str]]:
+        """Every word that some paper has, by its length."""
+        found: dict[int, list[str]] = {}
+        for word, _ in self.searcher.terms_with_prefix("words", ""):
+            found.setdefault(len(word), []).append(word)
+        return found
+
+    def _known(self, word: str) -> bool:
+        """Whether some paper has a word, or one of the same stem."""
+        return bool(self.searcher.doc_freq("words", word)) or any(self.searcher.doc_freq(field, stem) for stem in self.stem(word) for field in ("title", "body"))
 
     def search(self, query: str, limit: int = 20, among: Callable[[Paper], bool] | None = None, vector: np.ndarray | None = None) -> list[Hit]:
         """The papers that a query means, best first.
@@ -125,9 +134,10 @@ class Index:
     def _word(self, word: str, unfinished: bool) -> Any:
         """What finds a word: its stem, or where no paper has that, words which it may begin or stand for."""
         guesses = [word]
-        if word not in self.vocabulary and not any(self.searcher.doc_freq(field, stem) for stem in self.stem(word) for field in ("title", "body")):
+        if not self._known(word):
             begun = [term for term, _ in self.searcher.terms_with_prefix("words", word, limit=GUESSES)] if unfinished and len(word) > 1 else []
-            guesses = begun or list(corrected(word, self.vocabulary))
+            near = [term for length in range(len(word) - 2, len(word) + 3) for term in self.vocabulary.get(length, ())]
+            guesses = begun or list(corrected(word, near))
         schema = self.index.schema
         stems = dict.fromkeys(stem for guess in guesses for stem in self.stem(guess))
         terms = [tantivy.Query.boost_query(tantivy.Query.term_query(schema, field, stem), boost / (1 + (guesses[0] != word))) for stem in stems for field, boost in (("title", TITLE), ("body", BODY))]
@@ -137,7 +147,7 @@ class Index:
         """How near each paper is to the query, from the middle one (0) to the nearest (1)."""
         assert self.vectors is not None
         near = self.vectors @ (encoder.encoder().vectors([query])[0] if vector is None else vector)
-        middle, top = float(np.median(near)), float(near.max())
+        middle, top = float(np.median(near[:: 1 + len(near) // SAMPLED])), float(near.max())
         return np.clip((near - middle) / max(top - middle, 1e-6), 0, 1)
 
     def like(self, paper: Paper, limit: int = 6) -> list[Paper]:
