@@ -249,8 +249,8 @@ def test_a_reader_searches_filters_and_opens(tab, page):
     tab.goto("/papers")
     tab.keyboard.press("/")
     tab.keyboard.type("redundancy verification of blocks", delay=5)
+    expect(tab).to_have_url(re.compile("q=redundancy.*blocks"))  # what was typed last is answered
     expect(tab.locator(".papers .name").first).to_have_text("SLEB")
-    assert "q=redundancy" in tab.url
     tab.keyboard.press("ArrowDown")
     assert tab.evaluate("document.activeElement.getAttribute('href')") == "/papers/sleb"
     tab.keyboard.press("ArrowUp")

@@ -22,7 +22,10 @@ if (search) {
     try {
       const answer = await fetch(address(true), { signal: asked.signal });
       if (!answer.ok) throw new Error(String(answer.status));
-      results.innerHTML = await answer.text();
+      const text = await answer.text();
+      const held = results.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+      results.innerHTML = text;
+      if (held) (results.querySelector(`a[href="${CSS.escape(held)}"]`) || field).focus();
       history.replaceState(null, "", address(false));
       results.classList.remove("busy");
     } catch (error) {
