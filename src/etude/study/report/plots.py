@@ -177,8 +177,8 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, steps: Sequence
     ]
     far = [{"px": a, "py": b, "px2": c, "py2": d} for _, _, _, *leader in places for a, b, c, d in leader]
     leaders = altair.Chart(altair.Data(values=far)).mark_rule(strokeWidth=0.8, color=SOFT).encode(x=pixel_x, y=pixel_y, x2="px2:Q", y2="py2:Q")
-    edge = [{"px": lefts[place], "py": heights[place][0]} for one in best for place in [points.index(one)]]
-    line = altair.Chart(altair.Data(values=edge)).mark_line(strokeWidth=1, strokeDash=[3, 3], color=SOFT).encode(x=pixel_x, y=pixel_y, order="px:Q")
+    edge = [{"px": lefts[place], "py": heights[place][0], "turn": turn} for turn, one in enumerate(best) for place in [points.index(one)]]  # in their order: points that stand aside may change theirs
+    line = altair.Chart(altair.Data(values=edge)).mark_line(strokeWidth=1, strokeDash=[3, 3], color=SOFT).encode(x=pixel_x, y=pixel_y, order="turn:Q")
     return _svg(
         altair.layer(frame, *([line] if len(edge) > 1 else []), bars, *([leaders] if far else []), marks, *names)
         .resolve_scale(x="independent", y="independent")
