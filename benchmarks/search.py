@@ -2,8 +2,9 @@
 
     python benchmarks/search.py [--papers 100000] [--rounds 5]
 
-Prints and writes benchmarks/results/search.json.  Quality: nDCG@10 and recall@10 over `search_queries.jsonl`, whose answers were written from the catalogue's titles before any search was run on
-them; they are not all that a reader might accept.  Compared with what a user would put together without us: SQLite's full-text search (BM25 with Porter's stemmer, any of the words), and the sentence
+Prints and writes benchmarks/results/search.json.  Quality: nDCG@10 and recall@10 over `search_queries.jsonl`, whose answers were written from the catalogue's titles before the search was run on
+them (but for the first, with which it was tried out); they are not all that a reader might accept.
+Compared with what a user would put together without us: SQLite's full-text search (BM25 with Porter's stemmer, any of the words), and the sentence
 encoder alone.  Speed: the time of one answer, the query's own vector included, over papers whose texts are made of the catalogue's sentences and whose vectors are noise about real ones.
 """
 
