@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import email
 import email.policy
@@ -77,7 +78,7 @@ def test_a_digest_names_the_claims_that_were_tested():
 
 def test_a_digest_can_be_about_something():
     papers = {one.slug: one for one in (paper("cats", "2026-03-05", title="On Cats"), paper("dogs", "2026-03-05", title="On Dogs"))}
-    papers = {slug: one if slug == "cats" else paper("dogs", "2026-03-05", title="On Dogs").__class__(**{**vars(one), "abstract": "About dogs."}) for slug, one in papers.items()}
+    papers["dogs"] = dataclasses.replace(papers["dogs"], abstract="About dogs.")
     found = build(papers, datetime.date(2026, 3, 2), TODAY, "cats", Index(list(papers.values())))
     assert [one.paper.slug for one in found.papers] == ["cats"]
 

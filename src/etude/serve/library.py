@@ -25,7 +25,6 @@ class Library:
         self._lock = threading.Lock()
         self._known: tuple[Any, dict[str, dict[str, Any]]] | None = None
         self._index: tuple[Mapping[str, Paper], Index] | None = None
-        self._learning: threading.Thread | None = None
 
     def papers(self) -> Mapping[str, Paper]:
         return self.shelf.papers()
@@ -45,16 +44,8 @@ class Library:
         with self._lock:
             if self._index is None or self._index[0] is not papers:
                 self._index = (papers, Index(list(papers.values()), None, vectors.folder()))
-                self._learning = threading.Thread(target=self._learn, args=(papers,), daemon=True, name="vectors")
-                self._learning.start()
+                threading.Thread(target=self._learn, args=(papers,), daemon=True, name="vectors").start()
             return self._index[1]
-
-    def learnt(self, patience: float | None = None) -> Index:
-        """The index once meaning is known too."""
-        self.index()
-        if self._learning:
-            self._learning.join(patience)
-        return self.index()
 
     def _learn(self, papers: Mapping[str, Paper]) -> None:
         try:

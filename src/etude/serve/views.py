@@ -82,7 +82,7 @@ def paper(library: Library, slug: str) -> dict[str, Any]:
         "claim": claim,
         "evidence": known,
         "state": STATES[claim.state or CURRENT] if claim and known else None,
-        "plots": _plots(known, known.path.stat().st_mtime_ns) if known else [],
+        "plots": _plots(known.path, known.path.stat().st_mtime_ns) if known else [],
         "methods": [rooms.method_card(rooms.room_of(name), name) for name in row["methods"]],
         "covers": [library.papers()[other] for other in one.covers or () if other in library.papers()],
         "like": _like(library, one),
@@ -95,13 +95,9 @@ def _like(library: Library, one: Paper) -> list[dict[str, Any]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _drawn(path: Path, stamp: int) -> list[dict[str, Any]]:
-    known = Evidence(json.loads(path.read_text(encoding="utf8")), path)
-    return list(_charts(known))
-
-
-def _plots(known: Evidence, stamp: int) -> list[dict[str, Any]]:
-    return _drawn(known.path, stamp)
+def _plots(path: Path, stamp: int) -> list[dict[str, Any]]:
+    """The charts of some evidence, drawn once for each state of its file."""
+    return list(_charts(Evidence(json.loads(path.read_text(encoding="utf8")), path)))
 
 
 def _charts(known: Evidence) -> Iterator[dict[str, Any]]:
