@@ -14,7 +14,7 @@ from etude.measures.perplexity import Perplexity
 from etude.measures.reconstruction import Reconstruction
 from etude.study import yaml
 from etude.values.digest import digest_file
-from etude.worlds import testbed, testbed_masked
+from etude.worlds import testbed, testbed_masked, testbed_seq2seq
 from etude.worlds.stdlib import Stdlib, split_of
 
 
@@ -38,7 +38,11 @@ HELD_OUT = ["ast.py"]
 
 @pytest.mark.parametrize(
     ("world", "kind", "method", "budget"),
-    [(testbed, "causal", "pretrain.causal_lm", "5M tokens"), (testbed_masked, "masked", "pretrain.denoise", "3M tokens")],
+    [
+        (testbed, "causal", "pretrain.causal_lm", "5M tokens"),
+        (testbed_masked, "masked", "pretrain.denoise", "3M tokens"),
+        (testbed_seq2seq, "seq2seq", "pretrain.denoise", "3M tokens"),
+    ],
 )
 def test_a_testbed_is_small_and_what_its_record_says(world, kind, method, budget):
     model = next(vars(world)[name] for name in vars(world) if name.startswith("Testbed"))()()
@@ -51,9 +55,10 @@ def test_a_testbed_is_small_and_what_its_record_says(world, kind, method, budget
     assert yaml.parse((world.FOLDER / "study.yaml").read_text(), "study")[0]["steps"]["trained"]["budget"] == budget
 
 
-def test_what_was_hidden_is_restored_better_than_by_counting_tokens():
+@pytest.mark.parametrize("world", [testbed_masked.TestbedMasked, testbed_seq2seq.TestbedSeq2Seq])
+def test_what_was_hidden_is_restored_better_than_by_counting_tokens(world):
     """On every twentieth held-out module: in nats a token, less than a guesser needs that knows how often each token stands in this very text."""
-    heldout, model = Stdlib("heldout")()[::20], testbed_masked.TestbedMasked()()
+    heldout, model = Stdlib("heldout")()[::20], world()()
     counts = torch.bincount(torch.cat([torch.from_numpy(ids) for ids in batch.encode(testbed.Testbed()(), heldout)])).double()
     share = counts[counts > 0] / counts.sum()
     assert Reconstruction()(model, heldout)[0].value < 0.85 * float(-(share * share.log()).sum())
