@@ -37,7 +37,7 @@ else:
 
 COMPILE_FROM = 1e14
 """Floating-point operations of a run from which compiling the network, up to a minute, is worth its while on a processor; it gains little where documents are short."""
-MICRO_TOKENS = {"cpu": 2048, "cuda": 32768}
+MICRO_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens of a micro-batch: on a processor few, since its memory is for other things too, and enough for what each operation costs beside its work."""
 LARGE, LARGE_MICRO_TOKENS = 10_000_000, 1024
 """From so many parameters on, a processor is as fast with fewer tokens at once, and their activations are most of what training holds."""
