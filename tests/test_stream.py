@@ -10,6 +10,9 @@ import texts
 import torch
 from architectures import CAUSAL
 from texts import ROWS, inputs_of
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from etude.engine import stream
 from etude.engine.score import padded_batches
@@ -91,3 +94,40 @@ def test_blocks_that_do_not_follow_each_other_are_refused():
     model.network.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]) if inside else None)
     with pytest.raises(InputError, match="do not simply follow"):
         next(through_blocks(model, [np.array(row) for row in ROWS], lambda tokens: tokens.sum(0)))
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes that operations wrote and that are still held: the most at any time, and all that was ever written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = self.written = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for one in pytree.tree_leaves(found):
+            if isinstance(one, torch.Tensor) and one.untyped_storage()._cdata not in self.storages:
+                storage = one.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.written += storage.nbytes()
+        self.storages = {key: (storage, size) for key, (storage, size) in self.storages.items() if not storage.expired()}
+        self.most = max(self.most, sum(size for _, size in self.storages.values()))
+        return found
+
+
+def test_no_more_is_held_than_half_of_the_model_and_what_one_block_writes(monkeypatch):
+    """For all rows together, which come in sixteen batches through eight blocks: what two blocks write would not pass."""
+    monkeypatch.setattr(stream, "row_tokens", lambda device, parameters: 512)
+    model = texts.reader("llama", blocks=8)
+    rows = [np.arange(64, dtype=np.int64) % 50 + row % 3 for row in range(128)]
+    with Held() as whole:
+        for ids, _ in padded_batches(model, rows):
+            with torch.no_grad():
+                model.network.base_model(input_ids=ids, use_cache=False)
+    with Held() as held:
+        for _ in through_blocks(model, rows, lambda states: states.square().sum(0)):
+            pass
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.network.parameters())
+    assert whole.written / 8 > size / 2  # else the model's size would hide what is held
+    assert held.most <= size / 2 + whole.written / 8
