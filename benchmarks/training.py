@@ -1,11 +1,12 @@
-"""Training: the loop against transformers.Trainer, packed as its run_clm example packs and padded as most people use it, on the same data and optimizer.
+"""Training: the loop against transformers.Trainer, packed as its run_clm example packs and padded as most people use it, and against litgpt, on the same data and optimizer.
 
-    python benchmarks/training.py [--rounds 3] [--sizes 3M 25M] [--lengths 256 512] [--steps 12] [--compiled-rounds 1]
+    python benchmarks/training.py [--rounds 3] [--sizes 3M 25M] [--lengths 256 512] [--steps 12] [--compiled-rounds 1] [--only etude "trainer packed"] [--litgpt ~/litgpt/bin/python]
 
-Prints and writes benchmarks/results/training.json, whose settings of other sizes and lengths stay.  Each contestant runs in a process of its own, in turn, round by round; ratios are paired within a
-round.  Real tokens a second, not padding, over all steps after the first, with the first beside it; peak memory of the process; the matrix products'
-own rate in the same minute; where the time goes, by torch's profiler: nobody who leaves products and attention as they are can be faster than these
-two alone.  The loop keeps documents from seeing one another, which the packed Trainer does not.
+`--litgpt` is the interpreter of an environment with it (``pip install litgpt``), which demands another huggingface_hub than Étude's; its pretraining always compiles.
+Prints and writes benchmarks/results/training.json, where what other runs say of other sizes, lengths and contestants stays.  Each contestant runs in a process of its own, in
+turn, round by round; ratios are paired within a round.  Real tokens a second, not padding, over all steps after the first, with the first beside it; peak memory of the process; the
+matrix products' own rate in the same minute; where the time goes, by torch's profiler: nobody who leaves products and attention as they are can be faster than these
+two alone.  The loop keeps documents from seeing one another, which the packed Trainer and litgpt do not.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SIZES = {
     "25M": {"vocab_size": 8192, "hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 9, "num_attention_heads": 7, "num_key_value_heads": 7},
 }
 CONTESTANTS = ("etude", "etude compiled", "trainer packed", "trainer padded", "trainer compiled", "etude lora", "trainer lora")
+LITGPT = "litgpt compiled"
 
 
 def network(size: str) -> Any:
@@ -82,7 +84,9 @@ def etude(size: str, length: int, steps: int, texts: list[np.ndarray], mode: str
 
 def products(size: str) -> float:
     """Floating-point operations of the matrix products with weights for one token, a third of them for the weights' gradients; attention's own are not among them."""
-    return 6.0 * sum(parameter.numel() for parameter in network(size).parameters() if parameter.ndim == 2)
+    shape = SIZES[size]
+    width, shared = shape["hidden_size"], shape["hidden_size"] * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    return 6.0 * (shape["vocab_size"] * width + shape["num_hidden_layers"] * width * (2 * width + 2 * shared + 3 * shape["intermediate_size"]))
 
 
 def trainer(size: str, length: int, steps: int, texts: list[np.ndarray], mode: str) -> dict[str, Any]:
@@ -135,6 +139,55 @@ def trainer(size: str, length: int, steps: int, texts: list[np.ndarray], mode: s
     return {"seconds": np.diff(times).tolist(), "tokens": real[:steps], "loss": losses[-1]}
 
 
+def litgpt(size: str, length: int, steps: int, texts: list[np.ndarray]) -> dict[str, Any]:
+    """Its own pretraining loop, on the rows of the packed Trainer."""
+    import re
+
+    import lightning
+    import torch
+    from litgpt.args import EvalArgs, TrainArgs
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.pretrain import fit, initialize_weights
+    from litgpt.utils import instantiate_torch_optimizer
+
+    shape, rows = SIZES[size], STEP_TOKENS // length
+    fabric = lightning.Fabric(devices=1, accelerator="cpu", precision="32-true")
+    config = Config(
+        n_layer=shape["num_hidden_layers"], n_embd=shape["hidden_size"], n_head=shape["num_attention_heads"], n_query_groups=shape["num_key_value_heads"],
+        intermediate_size=shape["intermediate_size"], vocab_size=shape["vocab_size"], padded_vocab_size=shape["vocab_size"], block_size=1024, rotary_percentage=1.0,
+        parallel_residual=False, bias=False, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
+    )  # fmt: skip
+    lightning.seed_everything(0, verbose=False)
+    model = GPT(config)
+    initialize_weights(fabric, model, n_layer=config.n_layer, n_embd=config.n_embd)
+    model.transformer.wte.weight = model.lm_head.weight
+    model.max_seq_length = length
+    network: Any = fabric.setup(torch.compile(model))
+    settings = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
+    optimizer = instantiate_torch_optimizer(settings, network.parameters(), fused=False)
+    times, said = [], []
+    optimizer.register_step_post_hook(lambda *given: times.append(time.perf_counter()))
+    fabric.print = lambda *words, **more: said.append(" ".join(map(str, words)))  # type: ignore[method-assign]
+    stream = np.concatenate([texts[index] for index in np.random.default_rng(0).permutation(len(texts))])
+    whole = torch.from_numpy(stream[: (len(stream) - 1) // length * length + 1])
+    data = torch.stack([whole[at : at + length + 1] for at in range(0, len(whole) - length, length)])
+    train = TrainArgs(global_batch_size=rows, micro_batch_size=rows, max_tokens=steps * rows * length, max_seq_length=length, max_norm=1.0, min_lr=1e-3, lr_warmup_steps=0, save_interval=None)
+    state = {"model": network, "optimizer": fabric.setup_optimizers(optimizer), "iter_num": 0, "step_count": 0}
+    times.append(time.perf_counter())
+    batches: Any = list(data.split(rows))[:-1]
+    fit(fabric, 1, state, batches, batches[:1], Path(), None, train, EvalArgs(interval=10**6, max_iters=1, initial_validation=False, final_validation=False))
+    found = [re.search(r"loss train: ([\d.]+)", line) for line in said]
+    return {"seconds": np.diff(times).tolist(), "tokens": [rows * length] * steps, "loss": float([one[1] for one in found if one][-1])}
+
+
+def contestant(who: str) -> Callable[..., dict[str, Any]]:
+    kind, _, mode = who.partition(" ")
+    if kind == "litgpt":
+        return litgpt
+    return lambda size, length, steps, texts: (etude if kind == "etude" else trainer)(size, length, steps, texts, mode)
+
+
 def shares(run: Callable[[int], dict[str, Any]]) -> dict[str, float]:
     """Where the time of a few steps goes: matrix products, attention's own, and everything else, as torch's profiler has it."""
     from torch.profiler import ProfilerActivity, profile
@@ -157,10 +210,9 @@ def kinds(seen: Any) -> dict[str, float]:
 def child(who: str, size: str, length: int, steps: int, data: Path, profiled: bool) -> None:
     import torch
 
-    kind, _, mode = who.partition(" ")
     texts = documents(data, SIZES[size]["vocab_size"])
     if profiled:
-        print(json.dumps(shares(lambda steps: (etude if kind == "etude" else trainer)(size, length, steps, texts, mode))))
+        print(json.dumps(shares(lambda steps: contestant(who)(size, length, steps, texts))))
         return
     square = torch.randn(2048, 2048)
     square @ square
@@ -168,7 +220,7 @@ def child(who: str, size: str, length: int, steps: int, data: Path, profiled: bo
     for _ in range(5):
         square @ square
     rate = 5 * 2 * 2048**3 / (time.perf_counter() - start)
-    found = (etude if kind == "etude" else trainer)(size, length, steps, texts, mode)
+    found = contestant(who)(size, length, steps, texts)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     settled = 1 if "compiled" not in who else steps // 2
     speed = sum(found["tokens"][settled:]) / sum(found["seconds"][settled:])
@@ -188,6 +240,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["3M", "25M"], choices=SIZES)
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 512])
     parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
+    parser.add_argument("--litgpt", metavar="PYTHON", help="interpreter of an environment with litgpt, which then takes part where the compiled ones do")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, default=None, help=argparse.SUPPRESS)
@@ -196,32 +249,34 @@ def main() -> None:
         return child(arguments.child, arguments.sizes[0], arguments.lengths[0], arguments.steps, arguments.data, arguments.profile)
     from etude.study.environment import environment
 
-    found, rounds = {}, []
+    found, rounds, everybody = {}, [], [*arguments.only, *([LITGPT] if arguments.litgpt else [])]
     with tempfile.TemporaryDirectory() as folder:
         for size in arguments.sizes:
+            documents(Path(folder) / f"{size}.npz", SIZES[size]["vocab_size"])
             for length in arguments.lengths:
-                kept: dict[str, list[dict[str, float]]] = {who: [] for who in arguments.only}
+                kept: dict[str, list[dict[str, float]]] = {who: [] for who in everybody}
                 for turn in range(arguments.rounds):
-                    for who in arguments.only:
+                    for who in everybody:
                         if "compiled" in who and turn >= arguments.compiled_rounds:
                             continue
-                        kept[who].append(started(who, size, length, arguments.steps, folder))
+                        kept[who].append(started(arguments.litgpt if who == LITGPT else sys.executable, who, size, length, arguments.steps, folder))
                         rounds.append({"size": size, "length": length, "round": turn, "who": who, **kept[who][-1]})
                         print(rounds[-1], flush=True)
                 found[f"{size}, {length}"] = summary(kept)
                 for who in ("etude", "trainer packed"):
                     if who in arguments.only:
-                        found[f"{size}, {length}"][f"{who}, share of the time"] = started(who, size, length, 4, folder, "--profile")
+                        found[f"{size}, {length}"][f"{who}, share of the time"] = started(sys.executable, who, size, length, 4, folder, "--profile")
     print(json.dumps(found, indent=1))
     path = Path(__file__).parent / "results" / "training.json"
     before = json.loads(path.read_text()) if path.exists() else {"found": {}, "rounds": []}
-    rounds = [row for row in before["rounds"] if f"{row['size']}, {row['length']}" not in found] + rounds
-    path.write_text(json.dumps({"found": {**before["found"], **found}, "rounds": rounds, "environment": environment()}, indent=1) + "\n")
+    rounds = [row for row in before["rounds"] if f"{row['size']}, {row['length']}" not in found or row["who"] not in everybody] + rounds
+    merged = before["found"] | {setting: before["found"].get(setting, {}) | new for setting, new in found.items()}
+    path.write_text(json.dumps({"found": merged, "rounds": rounds, "environment": environment()}, indent=1) + "\n")
 
 
-def started(who: str, size: str, length: int, steps: int, folder: str, *more: str) -> dict[str, float]:
+def started(python: str, who: str, size: str, length: int, steps: int, folder: str, *more: str) -> dict[str, float]:
     """What a contestant says in a process of its own."""
-    words = [sys.executable, __file__, "--child", who, "--sizes", size, "--lengths", str(length), "--steps", str(steps), "--data", f"{folder}/{size}.npz", *more]
+    words = [python, __file__, "--child", who, "--sizes", size, "--lengths", str(length), "--steps", str(steps), "--data", f"{folder}/{size}.npz", *more]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -242,6 +297,8 @@ def summary(kept: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         ("etude compiled", "trainer packed"),
         ("etude compiled", "trainer compiled"),
         ("etude lora", "trainer lora"),
+        ("etude", LITGPT),
+        ("etude compiled", LITGPT),
     ):
         if kept.get(ours) and kept.get(theirs):
             for name in ("tokens_per_second", "peak_bytes"):
