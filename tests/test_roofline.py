@@ -285,8 +285,8 @@ def test_what_never_ran_is_estimated_and_the_machine_measured_once_a_store(workp
     plan, store = build(Study.read("study.yaml")), Store.open("store")
     rows = {(row["name"], row["seed"]): row for row in estimate(plan, store)}
     own = read_layout(workplace / "base")
-    one = predict(own, Pass(2048 // 64, 64, logits=64), MACHINE)
-    step = 256 / 2048 * 3 * one.seconds + 10 * 4 * own.parameters / 1e9
+    one = predict(own, Pass(4096 // 64, 64, logits=64), MACHINE)
+    step = 256 / 4096 * 3 * one.seconds + 10 * 4 * own.parameters / 1e9
     trained = rows["trained[last]", 0]
     assert (trained["source"], trained["seconds"]) == ("estimate", pytest.approx(3 * step))
     kept = sum(part.operator.activations / 2 for part in one.timed if part.operator.kind != "head")
