@@ -13,8 +13,9 @@ from torch import nn
 from etude.engine import batch
 from etude.engine.budget import Budget
 from etude.engine.feed import Packed
+from etude.engine.select import highest
 from etude.methods.compress._masks import matrices
-from etude.methods.compress.static_model_pruning import Masked, Selection, StaticModelPruning, highest
+from etude.methods.compress.static_model_pruning import Masked, Selection, StaticModelPruning
 from etude.values import checkpoint
 from etude.values.errors import InputError
 from etude.values.model import Model

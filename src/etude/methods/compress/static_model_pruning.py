@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from etude.engine.batch import IGNORED
 from etude.engine.budget import Budget
 from etude.engine.feed import Batch, Packed
 from etude.engine.score import require_causal
+from etude.engine.select import highest
 from etude.engine.train import train
 from etude.methods._training import Training
 from etude.values.anatomy import weight_of
@@ -159,16 +159,3 @@ class Selection:
         for path, one in self.masked.items():
             weight_of(one.layer).masked_fill_(~one.mask, 0)
             self.network.set_submodule(path, one.layer)
-
-
-def highest(scores: Tensor, count: int) -> Tensor:
-    """True for the `count` highest scores, of equal ones the first; without sorting them all."""
-    flat = scores.detach().flatten()
-    edge: Tensor | float
-    if flat.device.type == "cpu":  # numpy selects with vector instructions, in a tenth of the time
-        edge = float(np.partition(flat.float().numpy(), len(flat) - count)[len(flat) - count])
-    else:
-        edge = flat.kthvalue(len(flat) - count + 1).values
-    kept, equal = flat > edge, flat == edge
-    kept |= equal & (equal.cumsum(0) <= count - kept.sum())
-    return kept.view_as(scores)
