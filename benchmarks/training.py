@@ -2,8 +2,8 @@
 
     python benchmarks/training.py [--rounds 3] [--sizes 3M 25M] [--lengths 256 512] [--steps 12] [--compiled-rounds 1] [--only etude "trainer packed"] [--litgpt ~/litgpt/bin/python]
 
-`--litgpt` is the interpreter of an environment with it (``pip install litgpt``), which demands another huggingface_hub than Étude's; its pretraining always compiles.
-Prints and writes benchmarks/results/training.json, where what other runs say of other sizes, lengths and contestants stays.  Each contestant runs in a process of its own, in
+`--litgpt` is the interpreter of an environment with it (``pip install litgpt``), which demands another huggingface_hub than Étude's; its pretraining always compiles, and computes in float32 here.
+Prints and writes benchmarks/results/training.json, where other sizes and lengths stay, and runs with litgpt stand by themselves.  Each contestant runs in a process of its own, in
 turn, round by round; ratios are paired within a round.  Real tokens a second, not padding, over all steps after the first, with the first beside it; peak memory of the process; the
 matrix products' own rate in the same minute; where the time goes, by torch's profiler: nobody who leaves products and attention as they are can be faster than these
 two alone.  The loop keeps documents from seeing one another, which the packed Trainer and litgpt do not.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -141,8 +142,6 @@ def trainer(size: str, length: int, steps: int, texts: list[np.ndarray], mode: s
 
 def litgpt(size: str, length: int, steps: int, texts: list[np.ndarray]) -> dict[str, Any]:
     """Its own pretraining loop, on the rows of the packed Trainer."""
-    import re
-
     import lightning
     import torch
     from litgpt.args import EvalArgs, TrainArgs
@@ -260,18 +259,19 @@ def main() -> None:
                         if "compiled" in who and turn >= arguments.compiled_rounds:
                             continue
                         kept[who].append(started(arguments.litgpt if who == LITGPT else sys.executable, who, size, length, arguments.steps, folder))
-                        rounds.append({"size": size, "length": length, "round": turn, "who": who, **kept[who][-1]})
+                        rounds.append({"size": size, "length": length, "litgpt": bool(arguments.litgpt), "round": turn, "who": who, **kept[who][-1]})
                         print(rounds[-1], flush=True)
-                found[f"{size}, {length}"] = summary(kept)
+                setting = f"{size}, {length}" + (" with litgpt" if arguments.litgpt else "")
+                found[setting] = summary(kept)
                 for who in ("etude", "trainer packed"):
                     if who in arguments.only:
-                        found[f"{size}, {length}"][f"{who}, share of the time"] = started(sys.executable, who, size, length, 4, folder, "--profile")
+                        found[setting][f"{who}, share of the time"] = started(sys.executable, who, size, length, 4, folder, "--profile")
     print(json.dumps(found, indent=1))
     path = Path(__file__).parent / "results" / "training.json"
     before = json.loads(path.read_text()) if path.exists() else {"found": {}, "rounds": []}
-    rounds = [row for row in before["rounds"] if f"{row['size']}, {row['length']}" not in found or row["who"] not in everybody] + rounds
-    merged = before["found"] | {setting: before["found"].get(setting, {}) | new for setting, new in found.items()}
-    path.write_text(json.dumps({"found": merged, "rounds": rounds, "environment": environment()}, indent=1) + "\n")
+    measured = {(row["size"], row["length"], row["litgpt"]) for row in rounds}
+    rounds = [row for row in before["rounds"] if (row["size"], row["length"], row["litgpt"]) not in measured] + rounds
+    path.write_text(json.dumps({"found": {**before["found"], **found}, "rounds": rounds, "environment": environment()}, indent=1) + "\n")
 
 
 def started(python: str, who: str, size: str, length: int, steps: int, folder: str, *more: str) -> dict[str, float]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from etude.engine import batch
+from etude.engine.corrupt import Spans
+from etude.engine.feed import Feed, Row
 from etude.measures.perplexity import Perplexity
 from etude.measures.reconstruction import Reconstruction
 from etude.study import yaml
@@ -62,6 +64,22 @@ def test_what_was_hidden_is_restored_better_than_by_counting_tokens(world):
     counts = torch.bincount(torch.cat([torch.from_numpy(ids) for ids in batch.encode(testbed.Testbed()(), heldout)])).double()
     share = counts[counts > 0] / counts.sum()
     assert Reconstruction()(model, heldout)[0].value < 0.85 * float(-(share * share.log()).sum())
+
+
+def test_what_the_encoder_decoder_says_hangs_on_what_it_reads():
+    """In nats a hidden token, more than one is lost when the decoder is given the source of another document."""
+    model = testbed_seq2seq.TestbedSeq2Seq()()
+    spans, documents = Spans.of(model), [ids[:256] for ids in batch.encode(model, Stdlib("heldout")()[::10]) if len(ids) >= 256]
+    parts = [spans.hide(Feed().collate([Row(ids, ids)]), torch.Generator().manual_seed(place)) for place, ids in enumerate(documents)]
+
+    def nats(sources) -> float:
+        with torch.no_grad():
+            said = [model.network(input_ids=source.ids, decoder_input_ids=part.targets).logits[0] for part, source in zip(parts, sources, strict=True)]
+        wanted = torch.cat([part.labels[0] for part in parts])
+        hidden = ~torch.isin(wanted, torch.tensor([*spans.sentinels, spans.end]))
+        return float(torch.nn.functional.cross_entropy(torch.cat(said)[hidden], wanted[hidden]))
+
+    assert nats(parts) < nats([*parts[1:], parts[0]]) - 1
 
 
 def test_the_testbed_packs_the_held_out_library_better_than_xz():

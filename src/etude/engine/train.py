@@ -40,7 +40,7 @@ COMPILE_FROM = 1e14
 MICRO_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Tokens of a micro-batch: on a processor few, since its memory is for other things too, and enough for what each operation costs beside its work."""
 LARGE, LARGE_MICRO_TOKENS = 10_000_000, 1024
-"""From so many parameters on, a processor is as fast with fewer tokens at once, and their activations are most of what training holds."""
+"""From so many parameters on, a processor takes fewer tokens at once: their activations are most of what training holds, and what it costs in speed is little."""
 EXPLODED = 8.0
 """A loss so many times its first is no learning any more."""
 
